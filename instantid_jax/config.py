@@ -1,0 +1,525 @@
+"""Every setting that decides a shape or a number, as frozen dataclasses.
+
+A model's configuration is read from the ``config.json`` files that are published beside the weights. Fields that this
+code does not know, and values that it does not implement, are refused by name: a network that silently ignored a field
+would load and give wrong pictures. ``to_json`` and ``from_json`` are exact inverses, so a checkpoint can carry its own
+configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+__all__ = [
+    "AutoencoderConfig",
+    "CLIPTextConfig",
+    "ComputeConfig",
+    "ConfigError",
+    "IdentityNetConfig",
+    "ModelConfig",
+    "ResamplerConfig",
+    "SchedulerConfig",
+    "UNetConfig",
+    "from_json",
+    "sdxl",
+    "tiny",
+    "to_json",
+]
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the field, the value and what is accepted."""
+
+
+# Fields of the published files that do not change what is computed here, whatever their value.
+_INFORMATIVE = {
+    "_class_name",
+    "_diffusers_version",
+    "_name_or_path",
+    "_use_default_values",
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "clip_sample_range",
+    "dropout",
+    "dtype",
+    "initializer_factor",
+    "initializer_range",
+    "model_type",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers_version",
+}
+
+
+def _require(owner: str, field: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        choices = ", ".join(repr(a) for a in allowed)
+        raise ConfigError(f"{owner}: {field}={value!r} is not supported; supported: {choices}")
+
+
+def _tuple(value: Any, length: int) -> tuple[Any, ...]:
+    """Broadcasts a published scalar to one entry a block."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,) * length
+
+
+def _read(cls: type[T], published: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], skip: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Splits a published dict into the fields of `cls`, checking every other field against `fixed`."""
+    name = str(published.get("_class_name", cls.__name__))
+    own = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    taken: dict[str, Any] = {}
+    for key, value in published.items():
+        if key in own:
+            taken[key] = tuple(value) if isinstance(value, list) else value
+        elif key in fixed:
+            _require(name, key, value, fixed[key])
+        elif key not in _INFORMATIVE and key not in skip:
+            near = difflib.get_close_matches(key, sorted(own | set(fixed)), n=1)
+            hint = f"; the nearest known field is {near[0]!r}" if near else ""
+            raise ConfigError(f"{name}: unknown field {key!r} = {value!r}{hint}")
+    return taken
+
+
+_UNET_FIXED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu",),
+    "addition_embed_type_num_heads": (64, None),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1, 1.0),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "resnet_out_scale_factor": (1, 1.0),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+    "upcast_attention": (False, None),
+}
+
+DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
+UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """An SDXL-shaped text-to-image UNet (``unet/config.json``). Defaults are SDXL base's."""
+
+    sample_size: int = 128
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple[str, ...] = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+    up_block_types: tuple[str, ...] = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+    block_out_channels: tuple[int, ...] = (320, 640, 1280)
+    layers_per_block: int = 2
+    transformer_layers_per_block: tuple[int, ...] = (1, 2, 10)
+    attention_head_dim: tuple[int, ...] = (5, 10, 20)
+    """Number of heads a block, in spite of the published name (trap 2 of the published format)."""
+    cross_attention_dim: int = 2048
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    use_linear_projection: bool = True
+    addition_embed_type: str | None = "text_time"
+    addition_time_embed_dim: int | None = 256
+    projection_class_embeddings_input_dim: int | None = 2816
+
+    def __post_init__(self) -> None:
+        blocks, name = len(self.block_out_channels), type(self).__name__
+        for key in ("transformer_layers_per_block", "attention_head_dim"):
+            object.__setattr__(self, key, _tuple(getattr(self, key), blocks))
+        for key in ("down_block_types", "transformer_layers_per_block", "attention_head_dim"):
+            if len(getattr(self, key)) != blocks:
+                raise ConfigError(f"{name}: {key} has {len(getattr(self, key))} entries, block_out_channels has {blocks}")
+        for block in self.down_block_types:
+            _require(name, "down_block_types", block, DOWN_BLOCKS)
+        _require(name, "addition_embed_type", self.addition_embed_type, ("text_time", None))
+        for channels, heads, block in zip(self.block_out_channels, self.attention_head_dim, self.down_block_types, strict=True):
+            if channels % self.norm_num_groups:
+                raise ConfigError(f"{name}: block_out_channels {channels} is not divisible by norm_num_groups {self.norm_num_groups}")
+            if block != "DownBlock2D" and channels % heads:
+                raise ConfigError(f"{name}: block_out_channels {channels} is not divisible by its {heads} heads")
+        if self.addition_embed_type and not (self.addition_time_embed_dim and self.projection_class_embeddings_input_dim):
+            raise ConfigError(f"{name}: addition_embed_type='text_time' needs addition_time_embed_dim and projection_class_embeddings_input_dim")
+        self._check_up_blocks()
+
+    def _check_up_blocks(self) -> None:
+        if len(self.up_block_types) != len(self.block_out_channels):
+            raise ConfigError(f"UNetConfig: up_block_types has {len(self.up_block_types)} entries, block_out_channels has {len(self.block_out_channels)}")
+        for block in self.up_block_types:
+            _require("UNetConfig", "up_block_types", block, UP_BLOCKS)
+
+    @property
+    def time_embed_dim(self) -> int:
+        """Width of the time embedding: four times the first block's channels."""
+        return 4 * self.block_out_channels[0]
+
+    @property
+    def pooled_dim(self) -> int:
+        """Width of the pooled text embedding that `add_embedding` expects beside the six sizes."""
+        if not (self.addition_time_embed_dim and self.projection_class_embeddings_input_dim):
+            return 0
+        return self.projection_class_embeddings_input_dim - 6 * self.addition_time_embed_dim
+
+    @property
+    def downscale(self) -> int:
+        """By how much the deepest block is smaller than the latent."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_published(cls, published: Mapping[str, Any]) -> UNetConfig:
+        """Reads ``unet/config.json``. Raises `ConfigError` on any field or value that is not implemented."""
+        return cls(**_unet_fields(cls, published, _UNET_FIXED))
+
+
+def _unet_fields(cls: type, published: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    published = dict(published)
+    heads = published.pop("num_attention_heads", None)
+    if heads is not None:
+        published["attention_head_dim"] = heads
+    layers = published.get("layers_per_block")
+    if isinstance(layers, list | tuple):
+        if len(set(layers)) != 1:
+            raise ConfigError(f"{cls.__name__}: layers_per_block={layers!r}: only equal numbers are supported")
+        published["layers_per_block"] = layers[0]
+    return _read(cls, published, fixed)
+
+
+_CONTROLNET_FIXED = {k: v for k, v in _UNET_FIXED.items() if k not in ("conv_out_kernel",)} | {
+    "controlnet_conditioning_channel_order": ("rgb",),
+    "global_pool_conditions": (False,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class IdentityNetConfig(UNetConfig):
+    """A ControlNet with an SDXL-shaped encoder (``ControlNetModel/config.json``). Defaults are IdentityNet's."""
+
+    out_channels: int = dataclasses.field(default=4, repr=False)
+    up_block_types: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    conditioning_channels: int = 3
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
+
+    def _check_up_blocks(self) -> None:
+        if self.up_block_types:
+            raise ConfigError("IdentityNetConfig: a ControlNet has no up blocks; up_block_types must be absent")
+
+    @property
+    def conditioning_downscale(self) -> int:
+        """Pixels of the control picture to one latent pixel."""
+        return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
+
+    @classmethod
+    def from_published(cls, published: Mapping[str, Any]) -> IdentityNetConfig:
+        """Reads a ControlNet's ``config.json``. Raises `ConfigError` on any field or value that is not implemented."""
+        return cls(**_unet_fields(cls, published, _CONTROLNET_FIXED))
+
+    @classmethod
+    def from_unet(cls, unet: UNetConfig, conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)) -> IdentityNetConfig:
+        """The IdentityNet that fits a base UNet: the same encoder, and a conditioning embedding of the given widths."""
+        shared = {f.name: getattr(unet, f.name) for f in dataclasses.fields(UNetConfig) if f.name not in ("up_block_types", "out_channels")}
+        return cls(**shared, conditioning_embedding_out_channels=conditioning_embedding_out_channels)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResamplerConfig:
+    """The Perceiver resampler from face embedding to identity tokens. Defaults are InstantID's."""
+
+    dim: int = 1280
+    depth: int = 4
+    dim_head: int = 64
+    heads: int = 20
+    num_queries: int = 16
+    embedding_dim: int = 512
+    """Width of the face recogniser's vector: 512 for antelopev2, 128 for SFace."""
+    output_dim: int = 2048
+    ff_mult: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """AutoencoderKL (``vae/config.json``). Defaults are SDXL's."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    sample_size: int = 1024
+    scaling_factor: float = 0.13025
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self) -> None:
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ConfigError(f"AutoencoderConfig: block_out_channels {channels} is not divisible by norm_num_groups {self.norm_num_groups}")
+        if (self.latents_mean is None) != (self.latents_std is None):
+            raise ConfigError("AutoencoderConfig: latents_mean and latents_std must be given together")
+
+    @property
+    def downscale(self) -> int:
+        """Pixels to one latent pixel, along one side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_published(cls, published: Mapping[str, Any]) -> AutoencoderConfig:
+        """Reads ``vae/config.json``. Raises `ConfigError` on any field or value that is not implemented."""
+        published = dict(published)
+        for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            for value in published.pop(key, ()):
+                _require("AutoencoderKL", key, value, (block,))
+        return cls(**_read(cls, published, {"act_fn": ("silu",)}))
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig:
+    """A CLIP text tower (``text_encoder/config.json``). Defaults are CLIP ViT-L/14's."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 768
+    eos_token_id: int = 49407
+    """The pooled state is taken at the first of these."""
+    with_projection: bool = False
+    """Whether the tower ends in `text_projection` (CLIPTextModelWithProjection)."""
+
+    def __post_init__(self) -> None:
+        _require("CLIPTextConfig", "hidden_act", self.hidden_act, ("quick_gelu", "gelu"))
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(f"CLIPTextConfig: hidden_size {self.hidden_size} is not divisible by its {self.num_attention_heads} heads")
+
+    @classmethod
+    def from_published(cls, published: Mapping[str, Any], *, with_projection: bool) -> CLIPTextConfig:
+        """Reads ``text_encoder*/config.json``; whether there is a projection is said by ``model_index.json``."""
+        taken = _read(cls, published, {}) | {"with_projection": with_projection}
+        if taken.get("eos_token_id", 2) == 2:  # SDXL's files carry a placeholder; the tokenizer's last entry is meant
+            taken["eos_token_id"] = taken.get("vocab_size", cls.vocab_size) - 1
+        return cls(**taken)
+
+
+_SCHEDULERS = (
+    "DDIMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LCMScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    """The noise schedule and its discretisation (``scheduler/scheduler_config.json``). Defaults are SDXL base's."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 1
+    use_karras_sigmas: bool = False
+    set_alpha_to_one: bool = False
+    rescale_betas_zero_snr: bool = False
+    final_sigmas_type: str = "zero"
+    """DPM++ and UniPC: the noise level after the last step. "zero" is diffusers >= 0.27, "sigma_min" is 0.25."""
+
+    def __post_init__(self) -> None:
+        name = "SchedulerConfig"
+        _require(name, "beta_schedule", self.beta_schedule, ("scaled_linear", "linear"))
+        _require(name, "prediction_type", self.prediction_type, ("epsilon", "v_prediction"))
+        _require(name, "timestep_spacing", self.timestep_spacing, ("leading", "trailing", "linspace"))
+        _require(name, "final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ConfigError(f"{name}: needs 0 < beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}")
+
+    @classmethod
+    def from_published(cls, published: Mapping[str, Any]) -> SchedulerConfig:
+        """Reads ``scheduler_config.json`` of any of diffusers' schedulers: its schedule and spacing, not its solver."""
+        _require("scheduler", "_class_name", published.get("_class_name", "EulerDiscreteScheduler"), _SCHEDULERS)
+        fixed: dict[str, tuple[Any, ...]] = {
+            "clip_sample": (False,),
+            "interpolation_type": ("linear",),
+            "sigma_max": (None,),
+            "sigma_min": (None,),
+            "thresholding": (False,),
+            "timestep_type": ("discrete",),
+            "trained_betas": (None,),
+            "use_beta_sigmas": (False, None),
+            "use_exponential_sigmas": (False, None),
+        }
+        # Solver settings of diffusers' classes: which solver runs is the sampler's name here, not the file's.
+        solver = frozenset(
+            ("algorithm_type", "dynamic_thresholding_ratio", "euler_at_final", "lambda_min_clipped", "lower_order_final", "original_inference_steps")
+            + ("predict_x0", "sample_max_value", "skip_prk_steps", "solver_order", "solver_p", "solver_type", "disable_corrector", "timestep_scaling")
+            + ("variance_type", "flow_shift", "use_flow_sigmas", "use_lu_lambdas")
+        )
+        return cls(**_read(cls, published, fixed, solver))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides the shapes of a whole InstantID model."""
+
+    unet: UNetConfig = UNetConfig()
+    identitynet: IdentityNetConfig = IdentityNetConfig()
+    resampler: ResamplerConfig = ResamplerConfig()
+    vae: AutoencoderConfig = AutoencoderConfig()
+    text_encoder: CLIPTextConfig = CLIPTextConfig()
+    text_encoder_2: CLIPTextConfig = CLIPTextConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=20,
+        hidden_act="gelu",
+        projection_dim=1280,
+        with_projection=True,
+    )
+    scheduler: SchedulerConfig = SchedulerConfig()
+    force_zeros_for_empty_prompt: bool = True
+    face_analyzer: str = "antelopev2"
+    """The face backend whose embeddings the adapter was trained on."""
+
+    def __post_init__(self) -> None:
+        text = self.text_encoder.hidden_size + self.text_encoder_2.hidden_size
+        checks = (
+            ("the two text towers' widths together", text, "unet.cross_attention_dim", self.unet.cross_attention_dim),
+            ("text_encoder_2.projection_dim", self.text_encoder_2.projection_dim, "the pooled width that unet.add_embedding expects", self.unet.pooled_dim),
+            ("resampler.output_dim", self.resampler.output_dim, "unet.cross_attention_dim", self.unet.cross_attention_dim),
+            ("identitynet.cross_attention_dim", self.identitynet.cross_attention_dim, "resampler.output_dim", self.resampler.output_dim),
+            ("vae.latent_channels", self.vae.latent_channels, "unet.in_channels", self.unet.in_channels),
+            ("identitynet.conditioning_downscale", self.identitynet.conditioning_downscale, "vae.downscale", self.vae.downscale),
+        )
+        for left, a, right, b in checks:
+            if a != b and not (self.unet.addition_embed_type is None and "projection_dim" in left):
+                raise ConfigError(f"ModelConfig: {left} ({a}) must equal {right} ({b})")
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How the networks are computed; nothing here changes what they mean or how their weights are stored."""
+
+    dtype: str = "float32"
+    """Arithmetic of matmuls, convolutions and activations. Softmax, norm statistics, time embedding and samplers stay float32."""
+    attention: str = "auto"
+    """Backend: "xla", "blocked" (over heads and query blocks; for CPU), "cudnn" (NVIDIA), or "auto" by platform and shape."""
+    unroll: bool = False
+    """Whether equal layers are unrolled instead of scanned: longer compiling, the same numbers."""
+    remat: bool = False
+    """Whether transformer blocks are recomputed in the backward pass to save memory."""
+
+    def __post_init__(self) -> None:
+        _require("ComputeConfig", "dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        _require("ComputeConfig", "attention", self.attention, ("auto", "xla", "blocked", "cudnn"))
+
+
+def to_json(config: Any) -> str:
+    """A configuration as JSON text; `from_json` gives an equal object back."""
+    return json.dumps(dataclasses.asdict(config), indent=1, sort_keys=True)
+
+
+def from_json(cls: type[T], text: str) -> T:
+    """The inverse of `to_json`. Raises `ConfigError` naming any field that `cls` does not have."""
+    return _build(cls, json.loads(text), cls.__name__)
+
+
+def _build(cls: type[T], values: Any, where: str) -> T:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected an object, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, sorted(fields), n=1)
+            raise ConfigError(f"{where}: unknown field {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        arguments[key] = _convert(hints[key], value, f"{where}.{key}")
+    return cls(**arguments)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)  # type: ignore[arg-type]
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None:
+        if type(None) in options:
+            return None
+    elif isinstance(value, list):
+        for option in options:
+            if typing.get_origin(option) is tuple:
+                inner = typing.get_args(option)[0]
+                return tuple(_convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value))
+    elif any(isinstance(value, o) and not (isinstance(value, bool) and o is not bool) for o in options if isinstance(o, type)):
+        return value
+    elif float in options and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    raise ConfigError(f"{where}: {value!r} is not a {hint}")
+
+
+def sdxl() -> ModelConfig:
+    """InstantID on SDXL base 1.0, as published."""
+    return ModelConfig()
+
+
+def tiny() -> ModelConfig:
+    """The real architecture at a size that runs everywhere in seconds; every depth is distinct, as in SDXL."""
+    unet = UNetConfig(
+        sample_size=16,
+        block_out_channels=(32, 64, 96),
+        transformer_layers_per_block=(1, 2, 3),
+        attention_head_dim=(2, 4, 6),
+        cross_attention_dim=80,
+        norm_num_groups=16,
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=232,
+    )
+    return ModelConfig(
+        unet=unet,
+        identitynet=IdentityNetConfig.from_unet(unet, (16, 32, 48, 64)),
+        resampler=ResamplerConfig(dim=64, depth=2, dim_head=16, heads=4, num_queries=16, embedding_dim=128, output_dim=80),
+        vae=AutoencoderConfig(block_out_channels=(16, 32, 32, 48), norm_num_groups=16, sample_size=128),
+        text_encoder=CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, projection_dim=32),
+        text_encoder_2=CLIPTextConfig(
+            hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, hidden_act="gelu", projection_dim=40, with_projection=True
+        ),
+        face_analyzer="opencv",
+    )

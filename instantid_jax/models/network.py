@@ -1,0 +1,101 @@
+"""The border between modules and trees: a `Network` is a module definition without weights.
+
+Everything outside `nn` and `models` sees parameters as nested dicts of arrays. `bind` puts a tree into a module inside a
+traced function; `init` makes a tree of random weights; `abstract` says every shape without allocating anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from instantid_jax.config import ComputeConfig, ModelConfig
+from instantid_jax.models.adapter import Adapter
+from instantid_jax.models.clip_text import CLIPTextModel
+from instantid_jax.models.identitynet import IdentityNet
+from instantid_jax.models.resampler import Resampler
+from instantid_jax.models.unet import UNet
+from instantid_jax.models.vae import Autoencoder
+from instantid_jax.paths import Tree, flatten, stack_layers, unflatten, unstack_layers
+
+TRAINABLE = ("identitynet", "adapter", "resampler")
+FROZEN = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+
+class WeightsMismatch(ValueError):
+    """Weights that do not fit the network they were given to; the message lists the paths."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A module definition; hashable, so it can be a static argument of `jax.jit`."""
+
+    make: Callable[..., nnx.Module]
+    config: Any
+    compute: ComputeConfig
+
+    def _module(self, key: jax.Array) -> nnx.Module:
+        return self.make(self.config, compute=self.compute, rngs=nnx.Rngs(key))
+
+    @functools.cached_property
+    def _split(self) -> tuple[nnx.GraphDef[Any], Tree]:
+        module = nnx.eval_shape(lambda: self._module(jax.random.key(0)))
+        graphdef, state = nnx.split(module)
+        return graphdef, _string_keys(nnx.to_pure_dict(state))
+
+    @property
+    def abstract(self) -> Tree:
+        """The parameter tree as `jax.ShapeDtypeStruct`s, equal layers stacked."""
+        return self._split[1]
+
+    def init(self, key: jax.Array) -> Tree:
+        """Random weights in float32."""
+        return _string_keys(nnx.to_pure_dict(nnx.state(self._module(key))))
+
+    def bind(self, parameters: Mapping[str, Any]) -> Any:
+        """The module with these weights, for use inside a traced function."""
+        return nnx.merge(self._split[0], nnx.State(dict(parameters)))
+
+    def disk_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor under its own name, one for each published tensor: {path: shape}."""
+        rows = unstack_layers(flatten(self.abstract), lambda leaf, _: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
+        return {path: tuple(leaf.shape) for path, leaf in rows.items()}
+
+    def from_disk(self, flat: Mapping[str, Any], name: str = "network") -> Tree:
+        """Stacks equal layers and checks every path and shape. Raises `WeightsMismatch` listing what is wrong."""
+        expected = self.disk_shapes()
+        missing = sorted(expected.keys() - flat.keys())
+        unused = sorted(flat.keys() - expected.keys())
+        shapes = [f"{p}: {tuple(flat[p].shape)} where {expected[p]} is needed" for p in expected.keys() & flat.keys() if tuple(flat[p].shape) != expected[p]]
+        if missing or unused or shapes:
+            parts = [f"{title} ({len(items)}): {', '.join(items[:5])}" for title, items in (("missing", missing), ("unknown", unused), ("misshaped", sorted(shapes))) if items]
+            raise WeightsMismatch(f"weights do not fit {name}: " + "; ".join(parts))
+        return unflatten(stack_layers(flat, jnp.stack))
+
+    def to_disk(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of `from_disk`: every tensor under its own name."""
+        return unstack_layers(flatten(parameters))
+
+
+def _string_keys(tree: Mapping[Any, Any]) -> Tree:
+    return {str(k): _string_keys(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+
+
+def build_networks(config: ModelConfig, compute: ComputeConfig | None = None, vae_compute: ComputeConfig | None = None) -> dict[str, Network]:
+    """All seven networks of a model by name: the frozen base and the three that InstantID trains."""
+    compute = compute or ComputeConfig()
+    return {
+        "unet": Network(UNet, config.unet, compute),
+        "identitynet": Network(IdentityNet, config.identitynet, compute),
+        "adapter": Network(Adapter, config.unet, compute),
+        "resampler": Network(Resampler, config.resampler, compute),
+        "vae": Network(Autoencoder, config.vae, vae_compute or compute),
+        "text_encoder": Network(CLIPTextModel, config.text_encoder, compute),
+        "text_encoder_2": Network(CLIPTextModel, config.text_encoder_2, compute),
+    }
