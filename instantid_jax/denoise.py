@@ -1,0 +1,191 @@
+"""Sampling as four pure functions of weights and arrays, each one compiled program.
+
+    encode_text      token ids               -> text states, pooled state
+    encode_identity  face embeddings         -> identity tokens
+    denoise          noise and conditions    -> latents          (one `lax.scan` over the steps)
+    decode           latents                 -> pictures in [0, 1]
+
+Static are the networks, the sampler, and whether there is guidance; everything a user changes between pictures is traced:
+prompts, seeds, strengths, windows, masks, pictures. A second call with other values compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from instantid_jax.diffusion.guidance import classifier_free, rescale
+from instantid_jax.models import Network
+from instantid_jax.models.encoder import AddedConditions, IdentityContext, TextContext
+from instantid_jax.models.unet import Residuals
+
+Parameters = dict[str, Any]
+
+
+class Denoiser(NamedTuple):
+    """The networks that run in every step; static."""
+
+    unet: Network
+    adapter: Network
+    identitynet: Network
+    controlnets: tuple[Network, ...] = ()
+
+
+class Conditions(NamedTuple):
+    """Everything that a picture is conditioned on. With guidance the first half of B is unconditional, the second conditional."""
+
+    text: Array
+    """Text states [B, m, c]."""
+    text_mask: Array | None
+    """Which text tokens count, [B, m] bool; None is all."""
+    added: AddedConditions
+    """Pooled text [B, p] and sizes [B, 6]."""
+    identity_tokens: Array
+    """Resampler output [B, n, c]; the unconditional half is the resampler of zeros."""
+    images: tuple[Array, ...]
+    """Control pictures in [0, 1], [1 or B, H, W, 3]: the keypoints for IdentityNet, then one for every other ControlNet."""
+    control_scales: Array
+    """[steps, nets]: strength of each net in each step, already zero outside its window."""
+    adapter_scale: Array
+    """[steps]: strength of the image adapter in each step."""
+    control_mask: Array | None
+    """[1 or B, H, W] in [0, 1]: where IdentityNet and the image adapter act; None is everywhere."""
+
+
+@functools.partial(jax.jit, static_argnames=("network",))
+def encode_text(network: Network, parameters: Parameters, ids: Array) -> Any:
+    """Hidden states of every layer [l, b, n, c] and the pooled state [b, p] of token ids [b, n]."""
+    return network.bind(parameters)(ids)
+
+
+@functools.partial(jax.jit, static_argnames=("network",))
+def encode_identity(network: Network, parameters: Parameters, embeddings: Array) -> Array:
+    """Identity tokens [b, n, c] of face embeddings [b, d]."""
+    return network.bind(parameters)(embeddings)
+
+
+@functools.partial(jax.jit, static_argnames=("network",))
+def decode(network: Network, parameters: Parameters, latents: Array) -> Array:
+    """Pictures [b, H, W, 3] in [0, 1] of scaled latents [b, h, w, c], one after the other to bound the memory."""
+    vae = network.bind(parameters)
+
+    def one(latent: Array) -> Array:
+        image = vae.decode(vae.unscale(latent[None].astype(network.compute.dtype)))[0]
+        return jnp.clip(image.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+
+    return jax.lax.map(one, latents)
+
+
+def picture_keys(seeds: Array) -> Array:
+    """One random key a picture, from its seed alone: a picture does not depend on the batch it is made in."""
+    return jax.vmap(jax.random.key)(seeds)
+
+
+@functools.partial(jax.jit, static_argnames=("shape",))
+def initial_noise(seeds: Array, shape: tuple[int, ...]) -> Array:
+    """Unit normal noise [b, *shape]; picture i depends on seeds[i] only."""
+    return _normal(picture_keys(seeds), 0, shape)
+
+
+def _normal(keys: Array, index: Array | int, shape: tuple[int, ...]) -> Array:
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
+
+
+def control_masks(mask: Array, sizes: list[tuple[int, int]]) -> list[Array]:
+    """The picture-sized mask [b, H, W] at each residual's resolution: bilinear, half-pixel centres, no antialiasing."""
+    out = []
+    for h, w in sizes:
+        rows, columns = (_bilinear_taps(n, m) for n, m in ((mask.shape[1], h), (mask.shape[2], w)))
+        out.append(jnp.einsum("hH,bHW,wW->bhw", rows, mask, columns)[..., None])
+    return out
+
+
+def _bilinear_taps(old: int, new: int) -> Array:
+    """[new, old] matrix of torch's `interpolate(mode="bilinear", align_corners=False)` along one axis."""
+    position = jnp.maximum((jnp.arange(new) + 0.5) * (old / new) - 0.5, 0.0)
+    low = jnp.floor(position).astype(jnp.int32)
+    high = jnp.minimum(low + 1, old - 1)
+    weight = (position - low)[:, None]
+    return jax.nn.one_hot(low, old) * (1 - weight) + jax.nn.one_hot(high, old) * weight
+
+
+def _scaled(residuals: Residuals, scale: Array, masks: list[Array] | None) -> list[Array]:
+    """Residuals (the middle last) times a net's strength and, for IdentityNet, the mask."""
+    arrays = [*residuals.down, residuals.mid]
+    if masks is not None:
+        arrays = [r * mask.astype(r.dtype) for r, mask in zip(arrays, masks, strict=True)]
+    return [r * scale.astype(r.dtype) for r in arrays]
+
+
+@functools.partial(jax.jit, static_argnames=("denoiser", "sampler", "guided", "on_step"))
+def denoise(
+    denoiser: Denoiser,
+    sampler: Any,
+    guided: bool,
+    parameters: Parameters,
+    conditions: Conditions,
+    latents: Array,
+    seeds: Array,
+    plan: Any,
+    guidance_scale: Array,
+    guidance_rescale: Array,
+    on_step: Callable[[Array], None] | None = None,
+) -> Array:
+    """Latents of pictures from noise [b, h, w, c] that is already at the plan's first noise level.
+
+    `parameters` holds the weights under "unet", "adapter", "identitynet" and "controlnets" (a tuple). With `guided` the
+    conditions are twice as long as the latents (`Conditions`). `on_step` is called from the running program with the
+    number of each finished model call.
+    """
+    unet = denoiser.unet.bind(parameters["unet"])
+    nets = [denoiser.identitynet.bind(parameters["identitynet"])]
+    nets += [n.bind(p) for n, p in zip(denoiser.controlnets, parameters.get("controlnets", ()), strict=True)]
+    adapter = denoiser.adapter.bind(parameters["adapter"])
+    batch = conditions.text.shape[0]
+
+    # What stays the same over the steps is computed once: keys and values of text and identity, features of the pictures.
+    text = unet.project_context(conditions.text, conditions.text_mask)
+    identity_keys_values = adapter(conditions.identity_tokens)
+    contexts: list[TextContext] = [nets[0].project_context(conditions.identity_tokens)]
+    contexts += [net.project_context(conditions.text, conditions.text_mask) for net in nets[1:]]
+    features = [net.embed_condition(image) for net, image in zip(nets, conditions.images, strict=True)]
+    features = [jnp.broadcast_to(f, (batch, *f.shape[1:])) for f in features]
+    keys = picture_keys(seeds)
+
+    def predict(x: Array, timestep: Array, scales: Array, adapter_scale: Array) -> Array:
+        x = jnp.concatenate([x, x]) if guided else x
+        total: list[Array] = []
+        for i, net in enumerate(nets):
+            residuals = net(x, timestep, contexts[i], conditions.added, features[i])
+            masks = None
+            if i == 0 and conditions.control_mask is not None:
+                masks = control_masks(conditions.control_mask, [(r.shape[1], r.shape[2]) for r in [*residuals.down, residuals.mid]])
+            scaled = _scaled(residuals, scales[i], masks)
+            total = [a + b for a, b in zip(total, scaled, strict=True)] if total else scaled
+        identity = IdentityContext(identity_keys_values, adapter_scale, conditions.control_mask)
+        output = unet(x, timestep, text, conditions.added, identity=identity, residuals=Residuals(total[:-1], total[-1]))
+        output = output.astype(jnp.float32)
+        if not guided:
+            return output
+        unconditional, conditional = jnp.split(output, 2)
+        return rescale(classifier_free(unconditional, conditional, guidance_scale), conditional, guidance_rescale)
+
+    def body(state: Any, item: Any) -> tuple[Any, None]:
+        row, scales, adapter_scale, index = item
+        output = predict(sampler.model_input(state, row), row["timestep"], scales, adapter_scale)
+        noise = _normal(keys, index + 1, latents.shape[1:]) if plan.needs_noise else None
+        if on_step is not None:
+            jax.debug.callback(on_step, index)
+        return sampler.step(state, output, row, noise), None
+
+    calls = jnp.arange(plan.num_calls)
+    state, _ = jax.lax.scan(body, sampler.init(latents), (plan.rows, conditions.control_scales, conditions.adapter_scale, calls))
+    return state.sample
+
+
+__all__ = ["Conditions", "Denoiser", "control_masks", "decode", "denoise", "encode_identity", "encode_text", "initial_noise"]

@@ -1,0 +1,297 @@
+"""InstantIDPipeline: from a face embedding, a keypoint picture and a prompt to pictures.
+
+Argument names are those of diffusers' SDXL ControlNet pipeline, so a script ports by changing its import. Unlike there,
+pictures and latents are NHWC, `latents` is unit-normal noise, and randomness comes from `seed`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from instantid_jax import denoise as programs
+from instantid_jax.checkpoint import load_weights
+from instantid_jax.config import ComputeConfig, IdentityNetConfig, ModelConfig, from_json
+from instantid_jax.denoise import Conditions, Denoiser
+from instantid_jax.diffusion import control_window, make_sampler
+from instantid_jax.face import prepare_control_image
+from instantid_jax.models import FROZEN, TRAINABLE, Network, build_networks
+from instantid_jax.models.encoder import AddedConditions
+from instantid_jax.models.identitynet import IdentityNet
+from instantid_jax.request import PipelineError, Request
+from instantid_jax.text import Tokenizer
+from instantid_jax.text.weighting import apply_weights, encode_weighted, flatten_groups
+
+NETWORKS = (*FROZEN, *TRAINABLE)
+__all__ = ["InstantIDPipeline", "PipelineError", "PipelineOutput"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineOutput:
+    """`images`: a list of PIL pictures, an array [b, H, W, 3] in [0, 1], or latents [b, h, w, c], by `output_type`."""
+
+    images: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConditions:
+    """Encoded prompts: the unconditional rows, if any, before the conditional ones."""
+
+    states: jax.Array
+    pooled: jax.Array
+    mask: jax.Array | None
+
+
+class InstantIDPipeline:
+    """A whole InstantID model: weights, tokenizers, and the calls that make pictures.
+
+    `parameters` maps each network's name to its tree of arrays; `controlnets` are stock SDXL ControlNets beside
+    IdentityNet, as (network, parameters).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: dict[str, Any],
+        tokenizers: tuple[Tokenizer, Tokenizer],
+        *,
+        compute: ComputeConfig | None = None,
+        controlnets: Sequence[tuple[Network, Any]] = (),
+    ):
+        compute = compute or ComputeConfig()
+        # SDXL's autoencoder overflows in float16, which is what `force_upcast` says.
+        vae_dtype = "float32" if config.vae.force_upcast and compute.dtype == "float16" else compute.dtype
+        self.config, self.parameters, self.tokenizers = config, parameters, tokenizers
+        self.networks = build_networks(config, compute, dataclasses.replace(compute, dtype=vae_dtype))
+        self.controlnets = tuple(controlnets)
+        self.ip_adapter_scale = 0.5
+        missing = [name for name in NETWORKS if name not in parameters]
+        if missing:
+            raise PipelineError(f"the model lacks the weights of {', '.join(missing)}")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        dtype: str = "float32",
+        mesh: jax.sharding.Mesh | None = None,
+        controlnets: Sequence[str | Path] = (),
+        attention: str = "auto",
+    ) -> InstantIDPipeline:
+        """Loads what ``python -m convert_weights import`` wrote.
+
+        `dtype` is that of weights and arithmetic: "float32", "bfloat16" or "float16". With a `mesh` the weights are
+        spread over its devices. `controlnets` are folders that ``import --controlnet`` wrote.
+        """
+        directory, compute = Path(directory), ComputeConfig(dtype=dtype, attention=attention)
+        if not (directory / "config.json").is_file():
+            raise PipelineError(f"{directory} is not a folder of converted weights (no config.json); make one with: python -m convert_weights import")
+        config = from_json(ModelConfig, (directory / "config.json").read_text())
+        networks = build_networks(config)
+        parameters = {name: _load(directory / name, networks[name], name, dtype, mesh) for name in NETWORKS}
+        extra = []
+        for folder in map(Path, controlnets):
+            if not (folder / "config.json").is_file():
+                raise PipelineError(f"{folder} is not a converted ControlNet (no config.json); make one with: python -m convert_weights import --controlnet")
+            network = Network(IdentityNet, from_json(IdentityNetConfig, (folder / "config.json").read_text()), compute)
+            extra.append((network, _load(folder / "controlnet", network, "controlnet", dtype, mesh)))
+        tokenizers = (Tokenizer.from_directory(directory / "tokenizer"), Tokenizer.from_directory(directory / "tokenizer_2"))
+        return cls(config, parameters, tokenizers, compute=compute, controlnets=extra)
+
+    def set_ip_adapter_scale(self, scale: float) -> None:
+        """Strength of the image adapter in calls that do not give `ip_adapter_scale` (0.5 after loading, as published)."""
+        self.ip_adapter_scale = float(scale)
+
+    def encode_text(self, request: Request) -> TextConditions:
+        """Text states and pooled states of the request's prompts, both CFG halves."""
+        return self._encode_weighted(request) if request.prompt_weighting else self._encode_plain(request)
+
+    def _encode_plain(self, request: Request) -> TextConditions:
+        """SDXL's own encoding: 77 tokens, the two towers' states before their last layers side by side."""
+
+        def both(first: list[str], second: list[str], skip: int) -> tuple[jax.Array, jax.Array]:
+            states, pooled = [], None
+            for tower, tokenizer, texts in zip(("text_encoder", "text_encoder_2"), self.tokenizers, (first, second), strict=True):
+                out = programs.encode_text(self.networks[tower], self.parameters[tower], jnp.asarray(tokenizer.encode(texts)))
+                states.append(out.hidden[-(skip + 2)])
+                pooled = out.pooled
+            assert pooled is not None
+            return jnp.concatenate(states, axis=-1), pooled
+
+        states, pooled = both(request.prompts, request.prompts_2, request.clip_skip)
+        if request.guided:
+            if request.negative_prompts is None and self.config.force_zeros_for_empty_prompt:
+                empty, empty_pooled = jnp.zeros_like(states), jnp.zeros_like(pooled)
+            else:
+                negatives = request.negative_prompts or [""] * len(request.prompts)
+                empty, empty_pooled = both(negatives, request.negative_prompts_2 or negatives, 0)
+            states, pooled = jnp.concatenate([empty, states]), jnp.concatenate([empty_pooled, pooled])
+        return TextConditions(states, pooled, None)
+
+    def _encode_weighted(self, request: Request) -> TextConditions:
+        """The long-prompt path of the published full pipeline: weights, BREAK, any length; padding is masked out."""
+        negatives = request.negative_prompts or [""] * len(request.prompts)
+        pairs = [encode_weighted(self.tokenizers[0], p, n) for p, n in zip(request.prompts, negatives, strict=True)]
+        halves = ([n for _, n in pairs] if request.guided else []) + [p for p, _ in pairs]
+        groups = max(half.ids.shape[0] for half in halves)
+        states, pooled, masks = [], [], []
+        for half in halves:
+            towers = [
+                programs.encode_text(self.networks[tower], self.parameters[tower], jnp.asarray(half.ids))
+                for tower in ("text_encoder", "text_encoder_2")
+            ]
+            hidden = jnp.concatenate([out.hidden[-2] for out in towers], axis=-1)
+            flat, mask = flatten_groups(apply_weights(hidden, half.weights, half.lengths), half.lengths)
+            short = groups * 77 - flat.shape[0]
+            states.append(jnp.pad(flat, ((0, short), (0, 0))))
+            masks.append(jnp.pad(mask, (0, short)))
+            pooled.append(towers[1].pooled[-1])
+        return TextConditions(jnp.stack(states), jnp.stack(pooled), jnp.stack(masks))
+
+    def encode_identity(self, embeddings: np.ndarray, *, guided: bool) -> jax.Array:
+        """Identity tokens of embeddings [b, d]; with guidance those of zero vectors come first."""
+        embeddings = np.asarray(embeddings, np.float32)
+        if guided:
+            embeddings = np.concatenate([np.zeros_like(embeddings), embeddings])
+        return programs.encode_identity(self.networks["resampler"], self.parameters["resampler"], jnp.asarray(embeddings))
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: Any,
+        image_embeds: Any,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        guidance_rescale: float = 0.0,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        ip_adapter_scale: float | None = None,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
+        control_mask: Any = None,
+        num_images_per_prompt: int = 1,
+        seed: int = 0,
+        latents: Any = None,
+        sampler: str = "euler",
+        sampler_options: dict[str, Any] | None = None,
+        clip_skip: int = 0,
+        prompt_weighting: bool = False,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] | None = None,
+        negative_target_size: tuple[int, int] | None = None,
+        output_type: str = "pil",
+        on_step: Callable[[Any], None] | None = None,
+    ) -> PipelineOutput:
+        """Makes ``len(prompts) * num_images_per_prompt`` pictures.
+
+        Args:
+            prompt: text, or one text for each picture (times `num_images_per_prompt`).
+            image: keypoint picture (`face.draw_kps`): PIL, uint8 [H, W, 3], or float [H, W, 3] in [0, 1]. A list, that of
+                IdentityNet first, when the pipeline has other ControlNets.
+            image_embeds: raw face embedding [d], or [k, d] photos of one person, which are averaged.
+            negative_prompt: None is zeros where the model says so (SDXL base does), which is not the same as "".
+            height, width: pixels, multiples of 8; the control picture's by default.
+            guidance_scale: classifier-free guidance; at most 1 switches it off.
+            controlnet_conditioning_scale: strength of IdentityNet (a list with other ControlNets).
+            ip_adapter_scale: strength of the image adapter; None takes `set_ip_adapter_scale`'s.
+            control_guidance_start, control_guidance_end: window of the steps, as fractions, in which the nets act.
+            control_mask: where IdentityNet and the adapter act: PIL or [H, W] or [H, W, 3], 0 to 255 or 0.0 to 1.0.
+            seed: picture i of the call has seed + i, so each can be made again alone.
+            latents: unit-normal noise [b, h, w, c] in place of the seed's.
+            sampler: one of `diffusion.SAMPLERS`.
+            prompt_weighting: the published full pipeline's prompt syntax and unlimited length.
+            original_size, crops_coords_top_left, target_size: SDXL's micro-conditioning, heights first.
+            output_type: "pil", "np" or "latent".
+            on_step: called with the number of each finished model call.
+
+        Raises:
+            PipelineError: an argument is out of range or of the wrong shape; nothing has been compiled by then.
+        """
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "on_step", "image", "control_mask", "latents", "image_embeds", "sampler_options")}
+        request = Request.check(**arguments, nets=1 + len(self.controlnets))
+        images = request.control_images(image, prepare_control_image, self.config.vae.downscale)
+        height, width = images[0].shape[:2]
+        embeddings = request.embeddings(image_embeds, self.config.resampler.embedding_dim)
+        solver = make_sampler(sampler, self.config.scheduler, **(sampler_options or {}))
+        plan = solver.plan(num_inference_steps)
+        down = self.config.vae.downscale
+        shape = (height // down, width // down, self.config.unet.in_channels)
+        seeds = request.seeds()
+        noise = programs.initial_noise(seeds, shape) if latents is None else request.latents(latents, shape)
+        mask = request.mask(control_mask, (height, width))
+        conditions = self._conditions(request, images, embeddings, mask, plan)
+        out = programs.denoise(
+            Denoiser(self.networks["unet"], self.networks["adapter"], self.networks["identitynet"], tuple(n for n, _ in self.controlnets)),
+            solver,
+            request.guided,
+            {k: self.parameters[k] for k in ("unet", "adapter", "identitynet")} | {"controlnets": tuple(p for _, p in self.controlnets)},
+            conditions,
+            jnp.asarray(noise) * plan.init_noise_sigma,
+            seeds,
+            plan,
+            jnp.float32(guidance_scale),
+            jnp.float32(guidance_rescale),
+            on_step,
+        )
+        return PipelineOutput(self._finish(out, output_type))
+
+    def _conditions(self, request: Request, images: list[np.ndarray], embeddings: np.ndarray, mask: np.ndarray | None, plan: Any) -> Conditions:
+        text = self.encode_text(request)
+        tokens = self.encode_identity(embeddings[None], guided=request.guided)
+        repeats = request.num_images_per_prompt
+
+        def spread(x: jax.Array) -> jax.Array:
+            return jnp.repeat(x, repeats, axis=0)
+
+        size = images[0].shape[:2]
+        sizes = np.repeat(request.time_ids(size), request.batch, axis=0)
+        scale = self.ip_adapter_scale if request.ip_adapter_scale is None else request.ip_adapter_scale
+        windows = np.stack([control_window(request.num_inference_steps, a, b) for a, b in request.windows], axis=1)
+        strengths = windows * np.asarray(request.scales, np.float32)
+        steps = np.asarray(plan.steps)
+        return Conditions(
+            text=spread(text.states),
+            text_mask=None if text.mask is None else spread(text.mask),
+            added=AddedConditions(spread(text.pooled), jnp.asarray(sizes)),
+            identity_tokens=jnp.repeat(tokens, request.batch, axis=0),
+            images=tuple(jnp.asarray(i)[None] for i in images),
+            control_scales=jnp.asarray(strengths[steps], jnp.float32),
+            adapter_scale=jnp.full((len(steps),), scale, jnp.float32),
+            control_mask=None if mask is None else jnp.asarray(mask)[None],
+        )
+
+    def _finish(self, latents: jax.Array, output_type: str) -> Any:
+        if output_type == "latent":
+            return np.asarray(latents)
+        pictures = np.asarray(programs.decode(self.networks["vae"], self.parameters["vae"], latents))
+        if not np.isfinite(pictures).all():
+            raise PipelineError("the autoencoder gave values that are not finite; load the model with dtype='float32' or 'bfloat16'")
+        if output_type == "np":
+            return pictures
+        return [Image.fromarray(np.round(p * 255).astype(np.uint8)) for p in pictures]
+
+
+def _load(directory: Path, network: Network, name: str, dtype: str, mesh: jax.sharding.Mesh | None) -> Any:
+    """One network's weights on the devices: everywhere without a mesh, spread over it by the sharding rules with one."""
+    tree = network.from_disk(load_weights(directory, dtype=dtype), name)
+    if mesh is None:
+        return tree
+    from instantid_jax.parallel.rules import shardings  # only multi-device use needs the rules
+
+    return jax.device_put(tree, shardings(network.abstract, mesh))
