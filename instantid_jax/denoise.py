@@ -11,8 +11,9 @@ prompts, seeds, strengths, windows, masks, pictures. A second call with other va
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -114,6 +115,31 @@ def _bilinear_taps(old: int, new: int) -> Array:
     return jax.nn.one_hot(low, old) * (1 - weight) + jax.nn.one_hot(high, old) * weight
 
 
+_listeners: list[Callable[[int], None]] = []
+
+
+@contextlib.contextmanager
+def watching(listener: Callable[[int], None] | None) -> Iterator[bool]:
+    """Within this context `listener` is called with the number of each model call that a `denoise(watched=True)` makes.
+
+    The listener is no argument of the compiled program, so another one compiles nothing.
+    """
+    if listener is None:
+        yield False
+        return
+    _listeners.append(listener)
+    try:
+        yield True
+        jax.effects_barrier()
+    finally:
+        _listeners.remove(listener)
+
+
+def _report(index: Array) -> None:
+    for listener in _listeners:
+        listener(int(index))
+
+
 def _scaled(residuals: Residuals, scale: Array, masks: list[Array] | None) -> list[Array]:
     """Residuals (the middle last) times a net's strength and, for IdentityNet, the mask."""
     arrays = [*residuals.down, residuals.mid]
@@ -122,7 +148,7 @@ def _scaled(residuals: Residuals, scale: Array, masks: list[Array] | None) -> li
     return [r * scale.astype(r.dtype) for r in arrays]
 
 
-@functools.partial(jax.jit, static_argnames=("denoiser", "sampler", "guided", "on_step"))
+@functools.partial(jax.jit, static_argnames=("denoiser", "sampler", "guided", "watched"))
 def denoise(
     denoiser: Denoiser,
     sampler: Any,
@@ -134,13 +160,13 @@ def denoise(
     plan: Any,
     guidance_scale: Array,
     guidance_rescale: Array,
-    on_step: Callable[[Array], None] | None = None,
+    watched: bool = False,
 ) -> Array:
     """Latents of pictures from noise [b, h, w, c] that is already at the plan's first noise level.
 
     `parameters` holds the weights under "unet", "adapter", "identitynet" and "controlnets" (a tuple). With `guided` the
-    conditions are twice as long as the latents (`Conditions`). `on_step` is called from the running program with the
-    number of each finished model call.
+    conditions are twice as long as the latents (`Conditions`). With `watched` the running program reports each model call
+    to the listener that `watching` has set.
     """
     unet = denoiser.unet.bind(parameters["unet"])
     nets = [denoiser.identitynet.bind(parameters["identitynet"])]
@@ -179,8 +205,8 @@ def denoise(
         row, scales, adapter_scale, index = item
         output = predict(sampler.model_input(state, row), row["timestep"], scales, adapter_scale)
         noise = _normal(keys, index + 1, latents.shape[1:]) if plan.needs_noise else None
-        if on_step is not None:
-            jax.debug.callback(on_step, index)
+        if watched:
+            jax.debug.callback(_report, index)
         return sampler.step(state, output, row, noise), None
 
     calls = jnp.arange(plan.num_calls)
@@ -188,4 +214,4 @@ def denoise(
     return state.sample
 
 
-__all__ = ["Conditions", "Denoiser", "control_masks", "decode", "denoise", "encode_identity", "encode_text", "initial_noise"]
+__all__ = ["Conditions", "Denoiser", "control_masks", "decode", "denoise", "encode_identity", "encode_text", "initial_noise", "watching"]

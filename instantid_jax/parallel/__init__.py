@@ -1,0 +1,1 @@
+"""Spreading arrays over devices: meshes, and rules from parameter paths to partition specs."""

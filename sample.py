@@ -1,0 +1,141 @@
+"""Makes pictures of a person from one photo and a prompt.
+
+    python sample.py                                                     a small random model on a real photo
+    python sample.py --weights DIR --face me.jpg --prompt "film noir"    the real thing, with converted weights
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+os.environ.setdefault("USE_TORCH", "0")
+
+import tyro
+from PIL import Image
+
+from instantid_jax import __version__
+from instantid_jax.defaults import NOTICE, default_photo, default_pipeline
+from instantid_jax.face import load_analyzer, load_photo
+from instantid_jax.output import contact_sheet, save_png
+from instantid_jax.pipeline import InstantIDPipeline
+from instantid_jax.progress import CompileSeconds, StepBar
+from instantid_jax.references import keypoint_picture, read_identity
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Pictures of a person from one photo and a prompt."""
+
+    weights: Path | None = None
+    """Folder that `python -m convert_weights import` wrote; without it a small random model."""
+    face: tuple[Path, ...] = ()
+    """One photo of the person or several (their embeddings are averaged), or one .npz/.npy with a face vector and keypoints."""
+    pose: Path | None = None
+    """Photo (or .npz) whose keypoints give the pose; the first face photo's by default."""
+    prompt: str = "analog film photo of a person, highly detailed"
+    """What to make."""
+    negative_prompt: str | None = None
+    """What to avoid. Leaving it out is not the same as an empty text."""
+    prompt_weighting: bool = False
+    """Read (word:1.2), [word] and BREAK in prompts, and prompts of any length."""
+    num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
+    """How many pictures; picture i has seed + i."""
+    seed: int = 0
+    """Seed of the first picture."""
+    steps: int = 30
+    """Denoising steps."""
+    sampler: str = "euler"
+    """euler, euler_a, heun, ddim, dpmpp_2m, dpmpp_2m_karras, dpmpp_2m_sde, unipc or lcm."""
+    guidance_scale: float = 5.0
+    """Classifier-free guidance; 1 or less switches it off."""
+    guidance_rescale: float = 0.0
+    """Rescaling of the guided prediction against over-saturation, 0 to 1."""
+    identitynet_scale: float = 0.8
+    """Strength of IdentityNet: keypoints and likeness."""
+    ip_adapter_scale: float = 0.8
+    """Strength of the image adapter: facial detail. Lower it first when colours burn."""
+    control_start: float = 0.0
+    """Fraction of the steps at which IdentityNet begins to act."""
+    control_end: float = 1.0
+    """Fraction of the steps at which IdentityNet stops acting."""
+    height: int | None = None
+    """Height in pixels, a multiple of 8; by default from the pose photo, its long side 1280 (128 with the random model)."""
+    width: int | None = None
+    """Width in pixels, likewise."""
+    face_index: int | None = None
+    """Which face to take (0 is the largest) when a photo shows several."""
+    analyzer: str | None = None
+    """Face backend: antelopev2 or opencv; by default the one that the weights were trained with."""
+    analyzer_root: Path | None = None
+    """Folder of the antelopev2 model files."""
+    dtype: str = "float32"
+    """float32, bfloat16 or float16."""
+    out: Path = field(default=Path("outputs"))
+    """Folder for the pictures and the contact sheet."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    settings = tyro.cli(Settings, args=arguments, description=__doc__)
+    try:
+        run(settings)
+    except (ValueError, OSError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(s: Settings) -> None:
+    """Photo to pictures. Raises ValueError or OSError with one clear sentence."""
+    if s.weights is None:
+        print(NOTICE, file=sys.stderr)
+        pipe, faces, long_side = default_pipeline(), s.face or (default_photo(),), 128
+    else:
+        pipe, faces, long_side = InstantIDPipeline.from_pretrained(s.weights, dtype=s.dtype), s.face, 1280
+    if not faces:
+        raise ValueError("no --face given: name a photo of the person")
+    analyzer = load_analyzer(s.analyzer or pipe.config.face_analyzer, s.analyzer_root)
+    identity = read_identity(faces, analyzer, s.face_index)
+    keypoints = keypoint_picture(read_identity((s.pose,), analyzer, s.face_index) if s.pose else identity, s.width, s.height, long_side)
+    began = time.perf_counter()
+    with StepBar(pipe.num_calls(s.sampler, s.steps)) as bar, CompileSeconds() as compiling:
+        images = pipe(
+            s.prompt, keypoints, identity.embedding, negative_prompt=s.negative_prompt, prompt_weighting=s.prompt_weighting,
+            num_images_per_prompt=s.num_images, seed=s.seed, num_inference_steps=s.steps, sampler=s.sampler, guidance_scale=s.guidance_scale,
+            guidance_rescale=s.guidance_rescale, controlnet_conditioning_scale=s.identitynet_scale, ip_adapter_scale=s.ip_adapter_scale,
+            control_guidance_start=s.control_start, control_guidance_end=s.control_end, on_step=bar.on_step,
+        ).images  # fmt: skip
+    made = time.perf_counter() - began - compiling.total
+    paths = save(s, images, keypoints, faces)
+    print(f"compiled in {compiling.total:.1f} s, made {len(images)} picture(s) in {made:.1f} s")
+    print("\n".join(map(str, paths)))
+
+
+def save(s: Settings, images: list[Image.Image], keypoints: Image.Image, faces: tuple[Path, ...]) -> list[Path]:
+    """The pictures and a contact sheet, as PNG with every setting inside (photos only by their hash)."""
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(s).items() if k not in ("out", "face", "num_images")}
+    settings |= {
+        "model": s.weights.name if s.weights else "random (untrained)",
+        "version": f"instantid_jax {__version__}",
+        "size": f"{images[0].width}x{images[0].height}",
+        "num_inference_steps": s.steps,
+        "controlnet_conditioning_scale": s.identitynet_scale,
+        "photos_sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in faces],
+    }
+    paths = [s.out / f"{s.seed + i:06d}.png" for i in range(len(images))]
+    for i, (path, image) in enumerate(zip(paths, images, strict=True)):
+        save_png(image, path, settings | {"seed": s.seed + i})
+    shown = [(f"photo: {path.name}", load_photo(path)) for path in faces if path.suffix not in (".npz", ".npy")]
+    shown += [("keypoints", keypoints), *((f"seed {s.seed + i}", image) for i, image in enumerate(images))]
+    save_png(contact_sheet(shown), s.out / "sheet.png", settings)
+    return [*paths, s.out / "sheet.png"]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
