@@ -1,0 +1,168 @@
+"""What the pipeline promises its callers, on the small random model."""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from instantid_jax import denoise as programs
+from instantid_jax.defaults import default_pipeline
+from instantid_jax.diffusion import SAMPLERS
+from instantid_jax.face import draw_kps
+from instantid_jax.pipeline import InstantIDPipeline, PipelineError
+
+KPS = np.float32([[24, 24], [40, 24], [32, 34], [26, 44], [38, 44]])
+EMBEDDING = np.random.default_rng(0).standard_normal(128).astype(np.float32)
+FAST = {"num_inference_steps": 3, "height": 64, "width": 64}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> InstantIDPipeline:
+    pipeline = default_pipeline()
+    # Zero convolutions would hide IdentityNet; give them weights.
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    net = pipeline.parameters["identitynet"]
+    for name in [n for n in net if n.startswith("controlnet")]:
+        net[name] = jax.tree.map(lambda x: 0.1 * jax.random.normal(next(keys), x.shape), net[name])
+    return pipeline
+
+
+def make(pipe: InstantIDPipeline, **changes: Any) -> Any:
+    arguments = {"prompt": "a person", "image": draw_kps((64, 64), KPS), "image_embeds": EMBEDDING, "output_type": "np"} | FAST | changes
+    return pipe(**arguments).images
+
+
+def as_uint8(images: np.ndarray) -> np.ndarray:
+    return np.round(images * 255).astype(np.int16)
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipe: InstantIDPipeline) -> None:
+    together = as_uint8(make(pipe, num_images_per_prompt=4, seed=7, sampler="euler_a"))
+    for i in range(4):
+        difference = np.abs(as_uint8(make(pipe, seed=7 + i, sampler="euler_a"))[0] - together[i])
+        assert difference.max() <= 1
+        assert (difference > 0).mean() <= 1e-3
+
+
+def test_other_values_compile_nothing(pipe: InstantIDPipeline) -> None:
+    mask = np.zeros((64, 64), np.float32)
+    make(pipe, negative_prompt="x", control_mask=mask)
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        make(
+            pipe, prompt="two dogs", negative_prompt="blue", seed=99, guidance_scale=3.0, guidance_rescale=0.5, ip_adapter_scale=0.2,
+            controlnet_conditioning_scale=0.3, control_guidance_start=0.2, control_guidance_end=0.7, image_embeds=-EMBEDDING,
+            image=draw_kps((64, 64), KPS + 5), control_mask=mask + 1, original_size=(10, 20), crops_coords_top_left=(3, 4),
+        )  # fmt: skip
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "two dogs"},
+        {"negative_prompt": ""},
+        {"seed": 1},
+        {"guidance_scale": 3.0},
+        {"guidance_scale": 1.0},
+        {"guidance_rescale": 0.7},
+        {"ip_adapter_scale": 0.0},
+        {"controlnet_conditioning_scale": 0.0},
+        {"control_guidance_end": 0.5},
+        {"image_embeds": -EMBEDDING},
+        {"image": draw_kps((64, 64), KPS + 5)},
+        {"control_mask": np.zeros((64, 64), np.float32)},
+        {"original_size": (512, 512)},
+        {"crops_coords_top_left": (30, 30)},
+        {"target_size": (512, 512)},
+        {"negative_original_size": (512, 512)},
+        {"clip_skip": 1},
+        {"prompt_weighting": True},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_every_setting_reaches_the_picture(pipe: InstantIDPipeline, change: dict[str, Any]) -> None:
+    assert np.abs(make(pipe, output_type="latent") - make(pipe, output_type="latent", **change)).max() > 1e-4
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_runs_and_repeats(pipe: InstantIDPipeline, sampler: str) -> None:
+    first, second = (make(pipe, sampler=sampler, output_type="latent") for _ in range(2))
+    assert np.isfinite(first).all()
+    np.testing.assert_array_equal(first, second)
+
+
+def test_a_mask_of_ones_is_no_mask(pipe: InstantIDPipeline) -> None:
+    plain, masked = make(pipe, output_type="latent"), make(pipe, output_type="latent", control_mask=np.ones((64, 64), np.float32))
+    np.testing.assert_allclose(masked, plain, atol=1e-5)
+
+
+def test_without_identity_strengths_the_identity_does_not_matter(pipe: InstantIDPipeline) -> None:
+    off = {"ip_adapter_scale": 0.0, "controlnet_conditioning_scale": 0.0, "output_type": "latent"}
+    np.testing.assert_array_equal(make(pipe, **off), make(pipe, image_embeds=-EMBEDDING, image=draw_kps((64, 64), KPS + 9), **off))
+
+
+def test_a_closed_window_is_no_control(pipe: InstantIDPipeline) -> None:
+    closed = make(pipe, control_guidance_start=0.98, control_guidance_end=0.99, output_type="latent")
+    np.testing.assert_array_equal(closed, make(pipe, controlnet_conditioning_scale=0.0, output_type="latent"))
+
+
+def test_several_photos_are_averaged(pipe: InstantIDPipeline) -> None:
+    photos = np.stack([EMBEDDING, 3 * EMBEDDING])
+    np.testing.assert_array_equal(make(pipe, image_embeds=photos), make(pipe, image_embeds=2 * EMBEDDING))
+
+
+def test_text_beyond_the_window_reaches_the_picture_with_weighting(pipe: InstantIDPipeline) -> None:
+    long = "a person " * 60
+    options = {"prompt_weighting": True, "output_type": "latent"}
+    assert np.abs(make(pipe, prompt=long + "in green", **options) - make(pipe, prompt=long + "in blue", **options)).max() > 1e-5
+
+
+def test_steps_are_reported(pipe: InstantIDPipeline) -> None:
+    seen: list[int] = []
+    make(pipe, on_step=seen.append)
+    assert sorted(seen) == [0, 1, 2]
+    assert programs._listeners == []
+
+
+def test_given_latents_replace_the_seed(pipe: InstantIDPipeline) -> None:
+    noise = np.asarray(programs.initial_noise(np.asarray([5], np.uint32), (8, 8, 4)))
+    np.testing.assert_array_equal(make(pipe, seed=5), make(pipe, seed=0, latents=noise))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampler": "eular"}, "did you mean 'euler'"),
+        ({"height": 100}, "height must be a multiple of 8, not 100"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be between 1 and 1000, not 0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
+        ({"controlnet_conditioning_scale": [0.8, 0.5]}, "2 values for 1 nets"),
+        ({"image": [KPS, KPS]}, "2 pictures for 1 nets"),
+        ({"image": KPS}, "image must be a picture"),
+        ({"image_embeds": np.zeros(512, np.float32)}, "vectors of 128"),
+        ({"image_embeds": np.zeros(128, np.float32)}, "zero vector"),
+        ({"image_embeds": np.full(128, np.nan, np.float32)}, "not finite"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, re.escape("needs (1, 8, 8, 4)")),
+        ({"control_mask": np.zeros((32, 64))}, "control_mask is (32, 64)".replace("(", r"\(").replace(")", r"\)")),
+        ({"control_guidance_start": 0.9, "control_guidance_end": 0.1}, "must be smaller than"),
+        ({"output_type": "jpg"}, "output_type must be one of"),
+        ({"prompt": 3}, "prompt must be a text"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts, prompt has 1"),
+        ({"seed": -1}, "seed must be between"),
+        ({"prompt_weighting": True, "clip_skip": 1}, "no meaning with prompt_weighting"),
+    ],
+)
+def test_bad_arguments_get_one_clear_sentence(pipe: InstantIDPipeline, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(PipelineError, match=message):
+        make(pipe, **change)
