@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -14,7 +15,8 @@ from jaxtyping import Array, Float
 def sinusoid(t: Float[Array, "*b"], dim: int, *, flip_sin_to_cos: bool = True, freq_shift: int = 0) -> Float[Array, "*b {dim}"]:
     """Sinusoidal features of `t` in float32; cosines first where `flip_sin_to_cos`. `t` may be fractional."""
     half = dim // 2
-    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    # Constants, so made in double precision here: angles reach 1000 radians, and the devices' own exponentials differ.
+    frequencies = np.exp(-np.log(10000.0) * np.arange(half) / (half - freq_shift)).astype(np.float32)
     angles = jnp.asarray(t, jnp.float32)[..., None] * frequencies
     parts = (jnp.cos(angles), jnp.sin(angles)) if flip_sin_to_cos else (jnp.sin(angles), jnp.cos(angles))
     return jnp.concatenate(parts, axis=-1)

@@ -12,7 +12,6 @@ The work is done by transformers' ``CLIPTokenizer``. This wrapper reads the fold
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +44,6 @@ class Tokenizer:
 
         Raises `TokenizerError` for a special token or a merge that the vocabulary does not have.
         """
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         from transformers.models.clip.tokenization_clip import CLIPTokenizer  # seconds to import, so only when needed
 
         for role, token in special.items():
