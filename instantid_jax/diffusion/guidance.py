@@ -22,9 +22,10 @@ __all__ = ["classifier_free", "control_window", "rescale"]
 def classifier_free(uncond: jax.Array, cond: jax.Array, scale: ArrayLike) -> jax.Array:
     """Equation (1). `scale` 1 gives `cond` up to rounding; it broadcasts, so it may be a scalar or one number a picture.
 
-    The result has the dtype of the predictions.
+    Float32, whatever the predictions' dtype.
     """
-    return uncond + jnp.asarray(scale, uncond.dtype) * (cond - uncond)
+    uncond, cond = uncond.astype(jnp.float32), cond.astype(jnp.float32)
+    return uncond + jnp.asarray(scale, jnp.float32) * (cond - uncond)
 
 
 def rescale(guided: jax.Array, cond: jax.Array, factor: ArrayLike) -> jax.Array:
@@ -33,7 +34,10 @@ def rescale(guided: jax.Array, cond: jax.Array, factor: ArrayLike) -> jax.Array:
     Args:
         guided: the result of `classifier_free`, [b, ...].
         cond: the conditional prediction, same shape.
-        factor: p in 0..1; at 0 `guided` comes back unchanged, bit for bit.
+        factor: p in 0..1; at 0 `guided` comes back unchanged, bit for bit. A scalar, or [b, 1, ...].
+
+    Returns:
+        an array like `guided`; the arithmetic is float32.
     """
     axes = tuple(range(1, guided.ndim))
     wide, plain = guided.astype(jnp.float32), cond.astype(jnp.float32)

@@ -22,7 +22,7 @@ import numpy as np
 
 from instantid_jax.config import SchedulerConfig
 
-__all__ = ["SamplerError", "alphas_cumprod", "betas", "karras_levels", "noise_levels", "spaced_timesteps", "vp"]
+__all__ = ["SamplerError", "alphas_cumprod", "betas", "karras_levels", "levels_at", "noise_levels", "spaced_timesteps", "vp"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -94,10 +94,13 @@ def vp(levels: Array) -> tuple[Array, Array]:
 
 
 def spaced_timesteps(config: SchedulerConfig, steps: int, *, endpoint: bool = False) -> Array:
-    """`steps` training times, falling, float64, spaced as `config.timestep_spacing` says (arXiv 2305.08891, table 2).
+    """`steps` training times, falling, spaced as `config.timestep_spacing` says (arXiv 2305.08891, table 2).
 
     With `endpoint` the range is cut into `steps` intervals whose lower end is left out, so that the last step may run to
-    a noise level of its own (DPM-Solver++, UniPC); "trailing" spacing is the same either way.
+    a noise level of its own (DPM-Solver++, UniPC); "trailing" spacing is the same either way. "linspace" times may be fractional.
+
+    Returns:
+        float64 [steps], rounded to what float32 can hold, because the networks see float32 times.
 
     Raises:
         SamplerError: fewer than one step, or more steps than there are distinct times.
@@ -111,13 +114,13 @@ def spaced_timesteps(config: SchedulerConfig, steps: int, *, endpoint: bool = Fa
     if config.timestep_spacing == "leading":
         times = np.arange(points)[::-1] * (total // points) + float(config.steps_offset)
     elif config.timestep_spacing == "trailing":
-        times = np.round(total - np.arange(steps) * (total / steps)) - 1
+        times = np.arange(total, 0, -total / steps)[:steps].round() - 1
     else:
         times = np.linspace(0, total - 1, points)[::-1]
-    times = times[:steps].astype(np.float64)
+    times = times[:steps].astype(np.float32)
     if times[0] > total - 1 or times[-1] < 0:
         raise SamplerError(f"num_inference_steps={steps} with steps_offset={config.steps_offset} leaves the times 0..{total - 1}; use fewer steps")
-    return times
+    return times.astype(np.float64)
 
 
 def levels_at(config: SchedulerConfig, times: Array) -> Array:

@@ -1,0 +1,50 @@
+"""From photos to an identity: find the face, embed it, draw its keypoints. Host side; importing this loads no face model."""
+
+from instantid_jax.face.align import ARCFACE_TEMPLATE, align, umeyama
+from instantid_jax.face.analyzer import ANALYZERS, Face, FaceAnalyzer, InsightFaceAnalyzer, OpenCVAnalyzer, load_analyzer
+from instantid_jax.face.errors import AnalyzerError, EmbeddingError, FaceError, KeypointError, PhotoError
+from instantid_jax.face.identity import (
+    Identity,
+    PhotoReport,
+    analyze_photo,
+    check_embedding,
+    examine_photo,
+    identity_from_photos,
+    largest_face,
+    load_precomputed,
+    save_precomputed,
+)
+from instantid_jax.face.keypoints import KEYPOINT_COLORS, draw_kps
+from instantid_jax.face.photo import load_photo, prepare_control_image, resize_img, to_rgb
+
+__all__ = [
+    "ANALYZERS",
+    "ARCFACE_TEMPLATE",
+    "KEYPOINT_COLORS",
+    "AnalyzerError",
+    "EmbeddingError",
+    "Face",
+    "FaceAnalyzer",
+    "FaceError",
+    "Identity",
+    "InsightFaceAnalyzer",
+    "KeypointError",
+    "OpenCVAnalyzer",
+    "PhotoError",
+    "PhotoReport",
+    "align",
+    "analyze_photo",
+    "check_embedding",
+    "draw_kps",
+    "examine_photo",
+    "identity_from_photos",
+    "largest_face",
+    "load_analyzer",
+    "load_photo",
+    "load_precomputed",
+    "prepare_control_image",
+    "resize_img",
+    "save_precomputed",
+    "to_rgb",
+    "umeyama",
+]

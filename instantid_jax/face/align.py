@@ -5,7 +5,7 @@ similarity transform of the photo (rotation, one scale, translation), the least-
 
     source x_i, target y_i, means m_x, m_y, n points
     A = (1/n) sum_i (y_i - m_y)(x_i - m_x)^T = U diag(s) V^T                (1)
-    D = diag(1, sign(det A))                                                (2)
+    D = diag(1, det(U) det(V)), so that R is no reflection                  (2)
     R = U D V^T,    scale = sum(s D) / ((1/n) sum_i |x_i - m_x|^2)          (3)
     t = m_y - scale R m_x                                                   (4)
 """
@@ -51,7 +51,7 @@ def umeyama(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     x_centred, y_centred = x - mean_x, y - mean_y
     variance = (x_centred**2).sum() / len(x)
     covariance = y_centred.T @ x_centred / len(x)
-    if variance < 1e-12 or np.linalg.matrix_rank(covariance) == 0:
+    if variance < 1e-12:
         raise KeypointError("keypoints_degenerate", "the keypoints lie in one place; a face needs five different ones")
     u, s, vt = np.linalg.svd(covariance)
     d = np.array([1.0, 1.0 if np.linalg.det(u) * np.linalg.det(vt) > 0 else -1.0])

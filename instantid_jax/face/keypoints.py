@@ -47,7 +47,8 @@ def draw_kps(size: tuple[int, int], kps: np.ndarray, colors: Sequence[tuple[int,
         raise KeypointError("keypoints_shape", f"draw_kps: five colors are needed, got {len(colors)}")
     points = check_keypoints(kps, "draw_kps")
     if keypoints_outside(points, (width, height)) == 5 or np.abs(points).max() > _FURTHEST:
-        raise KeypointError("keypoints_outside", f"draw_kps: the keypoints {points.round(1).tolist()} do not belong to a picture of {width} x {height} pixels")
+        places = points.round(1).tolist()
+        raise KeypointError("keypoints_outside", f"draw_kps: the keypoints {places} do not belong to a picture of {width} x {height} pixels")
 
     cv2 = import_opencv()
     canvas = np.zeros((height, width, 3), np.uint8)

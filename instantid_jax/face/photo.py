@@ -59,7 +59,7 @@ def _check_size(size: tuple[int, int], where: str) -> None:
         raise PhotoError("too_large", f"{where}: {width} x {height} pixels are more than the limit of {MAX_PIXELS}; shrink the picture first")
     if min(size) < MIN_SIDE or max(size) > MAX_ASPECT * min(size):
         raise PhotoError(
-            "too_small", f"{where}: a photo of {width} x {height} pixels cannot show a face; at least {MIN_SIDE} a side and at most {MAX_ASPECT}:1 is needed"
+            "too_small", f"{where}: {width} x {height} pixels cannot show a face; at least {MIN_SIDE} a side and at most {MAX_ASPECT}:1 is needed"
         )
 
 
@@ -112,7 +112,9 @@ def rgb_array(image: Image.Image | np.ndarray, where: str = "photo") -> np.ndarr
     """A picture as a uint8 [h, w, 3] RGB array of a size that can be analysed. Raises `PhotoError` for anything else."""
     pixels = np.asarray(to_rgb(image, where)) if isinstance(image, Image.Image) else np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise PhotoError("bad_values", f"{where}: a photo must be a Pillow picture or a uint8 RGB array [h, w, 3], got {pixels.dtype} {list(pixels.shape)}")
+        raise PhotoError(
+            "bad_values", f"{where}: a photo is a Pillow picture or a uint8 RGB array [h, w, 3], got {pixels.dtype} {list(pixels.shape)}"
+        )
     _check_size((pixels.shape[1], pixels.shape[0]), where)
     return pixels
 
