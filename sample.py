@@ -69,7 +69,7 @@ class Settings:
     width: int | None = None
     """Width in pixels, likewise."""
     face_index: int | None = None
-    """Which face to take (0 is the largest) when a photo shows several."""
+    """Which face to take, counted from 0 from the left, when a photo shows several."""
     analyzer: str | None = None
     """Face backend: antelopev2 or opencv; by default the one that the weights were trained with."""
     analyzer_root: Path | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from instantid_jax.face import FaceAnalyzer, Identity, PhotoError, draw_kps, identity_from_photos, load_photo, load_precomputed, resize_img
+from instantid_jax.face import EmbeddingError, FaceAnalyzer, Identity, KeypointError, draw_kps, identity_from_photos, load_photo, load_precomputed, resize_img
 
 
 def read_identity(paths: Sequence[Path], analyzer: FaceAnalyzer, face_index: int | None = None) -> Identity:
@@ -18,10 +18,11 @@ def read_identity(paths: Sequence[Path], analyzer: FaceAnalyzer, face_index: int
     """
     precomputed = [path for path in paths if path.suffix in (".npz", ".npy")]
     if precomputed and len(paths) > 1:
-        raise PhotoError(f"{precomputed[0]}: a precomputed embedding cannot be mixed with other files; name it alone")
+        raise EmbeddingError("embedding_file", f"{precomputed[0]}: a precomputed embedding cannot be mixed with other files; name it alone")
     if precomputed:
-        return load_precomputed(paths[0])
-    return identity_from_photos(analyzer, [np.asarray(resize_img(load_photo(path))) for path in paths], face_index=face_index)
+        return load_precomputed(paths[0], analyzer.embedding_dim)
+    photos = [np.asarray(resize_img(load_photo(path))) for path in paths]
+    return identity_from_photos(analyzer, photos, face_index=face_index, names=[str(path) for path in paths])
 
 
 def keypoint_picture(pose: Identity, width: int | None, height: int | None, long_side: int) -> Image.Image:
@@ -31,7 +32,7 @@ def keypoint_picture(pose: Identity, width: int | None, height: int | None, long
     keypoints are moved with the photo before they are drawn, so lines and dots always have their published thickness.
     """
     if pose.face is None or pose.size is None:
-        raise PhotoError("the pose has no keypoints: give --pose with a photo or an .npz that holds kps and size")
+        raise KeypointError("no_keypoints", "the pose has no keypoints: give --pose with a photo or an .npz that holds kps and size")
     w, h = pose.size
     factor = long_side / max(w, h)
     size = (width or max(64, round(w * factor) // 64 * 64), height or max(64, round(h * factor) // 64 * 64))

@@ -45,9 +45,9 @@ class _Multistep(Sampler):
             levels, times = karras_levels(self.config, steps, float(table[-1]), float(table[0]))
             times = times.round()
         else:
-            times = spaced_timesteps(self.config, steps, endpoint=True).round()
+            times = spaced_timesteps(self.config, steps, endpoint=True, whole=True)
             levels = levels_at(self.config, times)
-        last = 0.0 if self.config.final_sigmas_type == "zero" else float(table[0])
+        last = 0.0 if self.config.final_sigmas_type == "zero" else min(levels[-1], float(table[0]))  # Karras levels end there, up to rounding
         return times, np.append(levels, last)
 
     def _predictor(self, times: np.ndarray, levels: np.ndarray, order: np.ndarray) -> tuple[Rows, np.ndarray]:

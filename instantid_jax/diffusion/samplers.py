@@ -3,17 +3,19 @@
 x is the sample, x_0 the network's opinion of the clean one, e that of the noise, z fresh unit normal noise. Step i goes
 from noise level s_i to s_{i+1}; Euler and Heun hold the variance exploding sample x = x_0 + s e (see `schedule`).
 
-    Euler              (1)  d = (x - x_0) / s_i,   x' = x + (s_{i+1} - s_i) d         arXiv 2206.00364, algorithm 2 without churn
+    Euler              (1)  x' = x + (s_{i+1} - s_i) d,   d = (x - x_0) / s_i         arXiv 2206.00364, algorithm 2 without churn
+                               = x_0 + (s_{i+1} / s_i) (x - x_0)
     Euler ancestral    (2)  u^2 = s_{i+1}^2 (s_i^2 - s_{i+1}^2) / s_i^2,   w^2 = s_{i+1}^2 - u^2
-                            x' = x + (w - s_i) d + u z                                k-diffusion's ancestral step
-    Heun               (3)  x' as (1);  d' = (x' - x_0') / s_{i+1},  x'' = x + (s_{i+1} - s_i)(d + d')/2
-                            arXiv 2206.00364, algorithm 1; the last step, to s = 0, is (1)
+                            x' = (1) down to w instead of s_{i+1}, + u z              k-diffusion's ancestral step
+    Heun               (3)  x' = (1);   x'' = x + (s_{i+1} - s_i) (d + d') / 2,   d' = (x' - x_0') / s_{i+1}
+                            arXiv 2206.00364, algorithm 1; the last step, to s = 0, is (1) alone
     DDIM               (4)  x' = alpha' x_0 + sqrt(sigma'^2 - v^2) e + v z            arXiv 2010.02502, eq. 12
                             v = eta (sigma' / sigma) sqrt(1 - alpha^2 / alpha'^2)     eq. 16
     LCM                (5)  f = c_out x_0 + c_skip x,   x' = alpha' f + sigma' z      arXiv 2310.04378, algorithm 3
                             c_skip = q^2 / ((k t)^2 + q^2),  c_out = k t / sqrt((k t)^2 + q^2),  q = 1/2; the last step gives f
 
-Times and levels follow diffusers' classes of the same names, as of version 0.42, with the scheduler's own file loaded into
+The second form of (1) is the one that is computed: the first subtracts two numbers near 4096 where a schedule begins in pure
+noise (`rescale_betas_zero_snr`), and loses 1e-4. Times and levels follow diffusers' classes of the same names, as of version 0.42, with the scheduler's own file loaded into
 each. Differences between diffusers' versions are in `SchedulerConfig`. One thing is better here: `rescale_betas_zero_snr`
 counts for Heun too, where diffusers drops it.
 """
@@ -79,11 +81,10 @@ class Euler(_Exploding):
         if self.config.final_sigmas_type == "sigma_min":
             levels[-1] = noise_levels(self.config)[0]
         alpha, sigma = vp(levels[:-1])
-        return {"timestep": times, "alpha": alpha, "sigma": sigma, "level": levels[:-1], "dlevel": np.diff(levels)}
+        return {"timestep": times, "alpha": alpha, "sigma": sigma, "level": levels[:-1], "ratio": levels[1:] / levels[:-1]}
 
     def _update(self, state: Memoryless, clean: jax.Array, row: Row, noise: jax.Array | None) -> Memoryless:
-        slope = (state.sample - clean) / row["level"]
-        return Memoryless(state.sample + row["dlevel"] * slope)
+        return Memoryless(clean + row["ratio"] * (state.sample - clean))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +104,10 @@ class EulerAncestral(_Exploding):
         up = np.sqrt(after**2 * (level**2 - after**2) / level**2)
         down = np.sqrt(after**2 - up**2)
         alpha, sigma = vp(level)
-        return {"timestep": times, "alpha": alpha, "sigma": sigma, "level": level, "dlevel": down - level, "up": up}
+        return {"timestep": times, "alpha": alpha, "sigma": sigma, "level": level, "ratio": down / level, "up": up}
 
     def _update(self, state: Memoryless, clean: jax.Array, row: Row, noise: jax.Array | None) -> Memoryless:
-        slope = (state.sample - clean) / row["level"]
-        return Memoryless(state.sample + row["dlevel"] * slope + row["up"] * noise)
+        return Memoryless(clean + row["ratio"] * (state.sample - clean) + row["up"] * noise)
 
 
 class HeunState(NamedTuple):
@@ -168,7 +168,7 @@ class DDIM(Sampler):
 
     def _table(self, steps: int, start: int) -> Rows:
         table = alphas_cumprod(self.config).astype(np.float64)
-        times = spaced_timesteps(self.config, steps).round().astype(int)
+        times = spaced_timesteps(self.config, steps, whole=True).astype(int)
         after = times - self.config.num_train_timesteps // steps
         final = 1.0 if self.config.set_alpha_to_one else table[0]
         bar, bar_after = table[times], np.where(after >= 0, table[after], final)

@@ -93,11 +93,12 @@ def vp(levels: Array) -> tuple[Array, Array]:
     return alpha, s * alpha
 
 
-def spaced_timesteps(config: SchedulerConfig, steps: int, *, endpoint: bool = False) -> Array:
+def spaced_timesteps(config: SchedulerConfig, steps: int, *, endpoint: bool = False, whole: bool = False) -> Array:
     """`steps` training times, falling, spaced as `config.timestep_spacing` says (arXiv 2305.08891, table 2).
 
     With `endpoint` the range is cut into `steps` intervals whose lower end is left out, so that the last step may run to
-    a noise level of its own (DPM-Solver++, UniPC); "trailing" spacing is the same either way. "linspace" times may be fractional.
+    a noise level of its own (DPM-Solver++, UniPC); "trailing" spacing is the same either way. "linspace" times are fractional
+    unless `whole`.
 
     Returns:
         float64 [steps], rounded to what float32 can hold, because the networks see float32 times.
@@ -117,10 +118,10 @@ def spaced_timesteps(config: SchedulerConfig, steps: int, *, endpoint: bool = Fa
         times = np.arange(total, 0, -total / steps)[:steps].round() - 1
     else:
         times = np.linspace(0, total - 1, points)[::-1]
-    times = times[:steps].astype(np.float32)
+    times = times[:steps].round() if whole else times[:steps]
     if times[0] > total - 1 or times[-1] < 0:
         raise SamplerError(f"num_inference_steps={steps} with steps_offset={config.steps_offset} leaves the times 0..{total - 1}; use fewer steps")
-    return times.astype(np.float64)
+    return times.astype(np.float32).astype(np.float64)
 
 
 def levels_at(config: SchedulerConfig, times: Array) -> Array:

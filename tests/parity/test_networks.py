@@ -4,6 +4,7 @@ import functools
 import json
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -65,12 +66,14 @@ def test_identitynet(model: str, size: tuple[int, int]) -> None:
         assert error(mine, nhwc(reference)) <= BOUND
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_scalar_timestep_is_every_examples(model: str) -> None:
-    x = inputs(CONFIGS[model], (8, 8))
-    network, parameters = networks(model)["unet"], flat(model, "unet")
-    both = run(network, parameters, unet, x._replace(timestep=np.float32([501, 501])))
-    assert np.array_equal(run(network, parameters, unet, x._replace(timestep=np.float32(501))), both)
+def test_scalar_timestep_is_every_examples() -> None:
+    x = inputs(CONFIGS["tiny"], (8, 8))
+
+    def time(m: Any, timestep: Any) -> Any:
+        return m.embed_time(timestep, AddedConditions(x.pooled, x.sizes), 2)
+
+    scalar, vector = (run(networks("tiny")["unet"], flat("tiny", "unet"), time, t) for t in (np.float32(501), np.float32([501, 501])))
+    assert np.array_equal(scalar, vector)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (120, 120), pytest.param((504, 1016), marks=pytest.mark.slow)])
@@ -84,7 +87,7 @@ def test_vae(model: str, size: tuple[int, int]) -> None:
     assert error(ours.mean, nhwc(theirs.mean)) <= BOUND
     assert error(ours.logvar, nhwc(theirs.logvar)) <= BOUND
     z = random("latent", batch, size[0] // 8, size[1] // 8, 4)
-    assert error(ours.sample(z), nhwc(theirs.mean + theirs.std * nchw(z))) <= BOUND
+    assert error(ours.sample(jnp.asarray(z)), nhwc(theirs.mean + theirs.std * nchw(z))) <= BOUND
     assert error(run(network, parameters, lambda m, y: m.decode(y), z), nhwc(reference.decode(nchw(z)).sample)) <= BOUND
 
 
@@ -194,13 +197,10 @@ def test_bfloat16(model: str) -> None:
     assert rms_error(run(half["resampler"], flat(model, "resampler"), lambda m, e: m(e), embedding), theirs) <= BFLOAT16
 
 
-@pytest.mark.parametrize("name", ["unet", "identitynet"])
-def test_unrolled_layers_give_the_same_numbers(name: str) -> None:
-    x, function = inputs(CONFIGS["tiny"], (16, 16)), unet if name == "unet" else identitynet
-    scanned = run(networks("tiny")[name], flat("tiny", name), function, x)
-    unrolled = run(networks("tiny", ComputeConfig(unroll=True))[name], flat("tiny", name), function, x)
-    pairs = [(unrolled, scanned)] if name == "unet" else zip([*unrolled.down, unrolled.mid], [*scanned.down, scanned.mid], strict=True)
-    assert all(error(a, b) <= 1e-5 for a, b in pairs)
+def test_unrolled_unet_gives_the_same_numbers() -> None:
+    x = inputs(CONFIGS["golden"], (16, 16), batch=3)
+    scanned = run(networks("golden")["unet"], flat("golden", "unet"), unet, x)
+    assert error(run(networks("golden", ComputeConfig(unroll=True))["unet"], flat("golden", "unet"), unet, x), scanned) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["resampler", "text_encoder", "text_encoder_2"])
@@ -211,14 +211,10 @@ def test_unrolled_towers_give_the_same_numbers(name: str) -> None:
     assert all(error(b, a) <= 1e-5 for a, b in pairs)
 
 
-@pytest.mark.parametrize(("name", "part"), [("unet", "unet"), ("identitynet", "controlnet"), ("vae", "vae"), ("text_encoder", "text_encoder")])
+@pytest.mark.parametrize(("name", "part"), [("identitynet", "controlnet")] + [(name, name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")])
 def test_names_and_shapes_are_the_published_ones(name: str, part: str) -> None:
     """The golden case lists what diffusers' own classes saved."""
     published = {key: tuple(shape) for key, shape in json.loads((DEV / "shapes.json").read_text())[part].items()}
     ours = to_torch(flat("golden", name), "text_model." if name.startswith("text") else "")
     assert {key: tuple(x.shape) for key, x in ours.items()} == published
 
-
-def test_names_and_shapes_of_the_second_tower_are_the_published_ones() -> None:
-    published = {key: tuple(shape) for key, shape in json.loads((DEV / "shapes.json").read_text())["text_encoder_2"].items()}
-    assert {key: tuple(x.shape) for key, x in to_torch(flat("golden", "text_encoder_2"), "text_model.").items()} == published
