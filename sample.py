@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import time
@@ -17,12 +16,11 @@ from typing import Annotated
 os.environ.setdefault("USE_TORCH", "0")
 
 import tyro
-from PIL import Image
 
 from instantid_jax import __version__
 from instantid_jax.defaults import NOTICE, default_photo, default_pipeline
-from instantid_jax.face import load_analyzer, load_photo
-from instantid_jax.output import contact_sheet, save_png
+from instantid_jax.face import load_analyzer
+from instantid_jax.output import save_run
 from instantid_jax.pipeline import InstantIDPipeline
 from instantid_jax.progress import CompileSeconds, StepBar
 from instantid_jax.references import keypoint_picture, read_identity
@@ -112,29 +110,10 @@ def run(s: Settings) -> None:
             control_guidance_start=s.control_start, control_guidance_end=s.control_end, on_step=bar.on_step,
         ).images  # fmt: skip
     made = time.perf_counter() - began - compiling.total
-    paths = save(s, images, keypoints, faces)
+    model = s.weights.name if s.weights else "random weights"
+    paths = save_run(s.out, images, keypoints, faces, asdict(s) | {"model": model, "version": f"instantid_jax {__version__}"})
     print(f"compiled in {compiling.total:.1f} s, made {len(images)} picture(s) in {made:.1f} s")
     print("\n".join(map(str, paths)))
-
-
-def save(s: Settings, images: list[Image.Image], keypoints: Image.Image, faces: tuple[Path, ...]) -> list[Path]:
-    """The pictures and a contact sheet, as PNG with every setting inside (photos only by their hash)."""
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(s).items() if k not in ("out", "face", "num_images")}
-    settings |= {
-        "model": s.weights.name if s.weights else "random (untrained)",
-        "version": f"instantid_jax {__version__}",
-        "size": f"{images[0].width}x{images[0].height}",
-        "num_inference_steps": s.steps,
-        "controlnet_conditioning_scale": s.identitynet_scale,
-        "photos_sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in faces],
-    }
-    paths = [s.out / f"{s.seed + i:06d}.png" for i in range(len(images))]
-    for i, (path, image) in enumerate(zip(paths, images, strict=True)):
-        save_png(image, path, settings | {"seed": s.seed + i})
-    shown = [(f"photo: {path.name}", load_photo(path)) for path in faces if path.suffix not in (".npz", ".npy")]
-    shown += [("keypoints", keypoints), *((f"seed {s.seed + i}", image) for i, image in enumerate(images))]
-    save_png(contact_sheet(shown), s.out / "sheet.png", settings)
-    return [*paths, s.out / "sheet.png"]
 
 
 if __name__ == "__main__":

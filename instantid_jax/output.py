@@ -7,6 +7,7 @@ all, and equal settings give equal bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -17,17 +18,19 @@ from typing import Any
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
+from instantid_jax.face import load_photo
+
 
 def parameters_text(settings: Mapping[str, Any]) -> str:
     """Settings as prompt, negative prompt, and one line of ``Name: value`` pairs."""
     names = {
-        "num_inference_steps": "Steps",
+        "steps": "Steps",
         "sampler": "Sampler",
         "guidance_scale": "CFG scale",
         "seed": "Seed",
         "size": "Size",
         "model": "Model",
-        "controlnet_conditioning_scale": "IdentityNet strength",
+        "identitynet_scale": "IdentityNet strength",
         "ip_adapter_scale": "Adapter strength",
         "version": "Version",
     }
@@ -60,6 +63,26 @@ def read_settings(path: Path) -> dict[str, Any]:
     if text is None:
         raise ValueError(f"{path} holds no instantid_jax settings")
     return json.loads(text)
+
+
+def save_run(out: Path, images: Sequence[Image.Image], keypoints: Image.Image, faces: Sequence[Path], settings: Mapping[str, Any]) -> list[Path]:
+    """The pictures of one run and their contact sheet, each with all settings inside; photos appear only by their hash.
+
+    Picture i is named by its own seed, ``settings["seed"] + i``. Returns the paths, the sheet last.
+    """
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k not in ("out", "face", "num_images")}
+    settings |= {
+        "size": f"{images[0].width}x{images[0].height}",
+        "photos_sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in faces],
+    }
+    seeds = [settings["seed"] + i for i in range(len(images))]
+    paths = [out / f"{seed:06d}.png" for seed in seeds]
+    for path, image, seed in zip(paths, images, seeds, strict=True):
+        save_png(image, path, settings | {"seed": seed})
+    shown = [(f"photo: {path.name}", load_photo(path)) for path in faces if path.suffix not in (".npz", ".npy")]
+    shown += [("keypoints", keypoints), *((f"seed {seed}, {settings['model']}", image) for seed, image in zip(seeds, images, strict=True))]
+    save_png(contact_sheet(shown), out / "sheet.png", settings)
+    return [*paths, out / "sheet.png"]
 
 
 def contact_sheet(pictures: Sequence[tuple[str, Image.Image]], *, columns: int | None = None, side: int = 384) -> Image.Image:

@@ -94,6 +94,7 @@ class DPMpp2M(_Multistep):
         if steps < 15 or levels[-1] == 0:
             order[-1] = 1
         rows, h = self._predictor(times, levels, order)
+        rows["spread"] = np.zeros(steps)
         if self.sde:
             alpha, sigma = vp(levels[1:])
             rows["decay"] = rows["decay"] * np.exp(-h)
@@ -101,10 +102,10 @@ class DPMpp2M(_Multistep):
             rows["spread"] = sigma * np.sqrt(-np.expm1(-2 * h))
         return rows
 
-    def _update(self, state: TwoStep, clean: jax.Array, row: Row, noise: jax.Array | None) -> TwoStep:
+    def _update(self, state: TwoStep, clean: jax.Array, row: Row, noise: jax.Array) -> TwoStep:
         slope = clean + row["lookback"] * (clean - state.before)
         sample = row["decay"] * state.sample + row["gain"] * slope
-        return TwoStep(sample if noise is None else sample + row["spread"] * noise, clean)
+        return TwoStep(sample + row["spread"] * noise, clean)
 
 
 class UniPCState(NamedTuple):
@@ -136,7 +137,7 @@ class UniPC(_Multistep):
             rows[name] = np.append(0.0, column)
         return rows
 
-    def _update(self, state: UniPCState, clean: jax.Array, row: Row, noise: jax.Array | None) -> UniPCState:
+    def _update(self, state: UniPCState, clean: jax.Array, row: Row, noise: jax.Array) -> UniPCState:
         blend = state.before + row["past"] * (state.before - state.before_that) + row["current"] * (clean - state.before)
         corrected = row["decay_before"] * state.origin + row["gain_before"] * blend
         x = jnp.where(row["correct"] > 0, corrected, state.sample)

@@ -36,7 +36,9 @@ State = Any
 """A NamedTuple of arrays with a field `sample`; which others there are is the sampler's own matter."""
 
 Row = dict[str, jax.Array]
+"""One row of `Plan.rows`: float32 scalars."""
 Rows = dict[str, np.ndarray[Any, np.dtype[Any]]]
+"""Columns of a table on the host, in float64."""
 
 
 @jax.tree_util.register_dataclass
@@ -44,10 +46,10 @@ Rows = dict[str, np.ndarray[Any, np.dtype[Any]]]
 class Plan:
     """The numbers of one run; a pytree. Two plans with equally many calls have the same structure, so neither compiles anew."""
 
-    rows: Rows
-    """float32 [num_calls] each; what `lax.scan` runs over."""
-    init_noise_sigma: np.float32
-    """Standard deviation of the noise that a run from pure noise starts with."""
+    rows: dict[str, Any]
+    """float32 arrays [num_calls]; what `lax.scan` runs over."""
+    init_noise_sigma: Any
+    """float32 scalar: standard deviation of the noise that a run from pure noise starts with."""
     steps: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     """For each call of the network, the step it belongs to, counted from 0 at the first step that is kept."""
     needs_noise: bool = dataclasses.field(metadata={"static": True})
@@ -89,8 +91,8 @@ class Sampler(abc.ABC):
         rows = self._table(num_inference_steps, start)
         if self.config.prediction_type == "epsilon" and not np.all(rows["alpha"]):
             raise SamplerError(
-                f"{type(self).__name__}: the first time is pure noise (rescale_betas_zero_snr), where a predicted epsilon says nothing about the picture; "
-                "use a v_prediction model, or a timestep_spacing that leaves that time out"
+                f"{type(self).__name__}: the first time is pure noise (rescale_betas_zero_snr), where epsilon says nothing about the picture; use a "
+                "v_prediction model, or a timestep_spacing that leaves that time out"
             )
         first = start * self.calls_per_step
         return Plan(
@@ -124,7 +126,7 @@ class Sampler(abc.ABC):
         dtype = state.sample.dtype
         state = state._replace(sample=state.sample.astype(jnp.float32))
         clean = parameterization.x0(self.config.prediction_type, self._scaled(state.sample, row), model_output, row["alpha"], row["sigma"])
-        state = self._update(state, clean, row, None if noise is None else noise.astype(jnp.float32))
+        state = self._update(state, clean, row, jnp.float32(0) if noise is None else noise.astype(jnp.float32))
         return state._replace(sample=state.sample.astype(dtype))
 
     def add_noise(self, sample: jax.Array, noise: jax.Array, plan: Plan) -> jax.Array:
@@ -141,8 +143,8 @@ class Sampler(abc.ABC):
         """One row a call for the whole run; `start` is only where the sampler's memory begins."""
 
     @abc.abstractmethod
-    def _update(self, state: State, clean: jax.Array, row: Row, noise: jax.Array | None) -> State:
-        """The next state from the network's opinion of the clean sample; all float32."""
+    def _update(self, state: State, clean: jax.Array, row: Row, noise: jax.Array) -> State:
+        """The next state from the network's opinion of the clean sample; all float32. `noise` is a plain 0 where none is drawn."""
 
     # Samplers work on the variance preserving sample unless they say otherwise.
 

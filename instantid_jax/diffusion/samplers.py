@@ -14,10 +14,12 @@ from noise level s_i to s_{i+1}; Euler and Heun hold the variance exploding samp
     LCM                (5)  f = c_out x_0 + c_skip x,   x' = alpha' f + sigma' z      arXiv 2310.04378, algorithm 3
                             c_skip = q^2 / ((k t)^2 + q^2),  c_out = k t / sqrt((k t)^2 + q^2),  q = 1/2; the last step gives f
 
-The second form of (1) is the one that is computed: the first subtracts two numbers near 4096 where a schedule begins in pure
-noise (`rescale_betas_zero_snr`), and loses 1e-4. Times and levels follow diffusers' classes of the same names, as of version 0.42, with the scheduler's own file loaded into
-each. Differences between diffusers' versions are in `SchedulerConfig`. One thing is better here: `rescale_betas_zero_snr`
-counts for Heun too, where diffusers drops it.
+The second form of (1) is the one that is computed: the first subtracts two numbers near 4096 where a schedule begins in
+pure noise (`rescale_betas_zero_snr`), and loses 1e-4.
+
+Times and levels follow diffusers' classes of the same names, as of version 0.42, with one scheduler's file loaded into each
+of them. In two settings this code goes on where diffusers does not: `rescale_betas_zero_snr` counts for Heun too, and
+"trailing" spacing never gives more times than steps.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ class Euler(_Exploding):
         alpha, sigma = vp(levels[:-1])
         return {"timestep": times, "alpha": alpha, "sigma": sigma, "level": levels[:-1], "ratio": levels[1:] / levels[:-1]}
 
-    def _update(self, state: Memoryless, clean: jax.Array, row: Row, noise: jax.Array | None) -> Memoryless:
+    def _update(self, state: Memoryless, clean: jax.Array, row: Row, noise: jax.Array) -> Memoryless:
         return Memoryless(clean + row["ratio"] * (state.sample - clean))
 
 
@@ -106,7 +108,7 @@ class EulerAncestral(_Exploding):
         alpha, sigma = vp(level)
         return {"timestep": times, "alpha": alpha, "sigma": sigma, "level": level, "ratio": down / level, "up": up}
 
-    def _update(self, state: Memoryless, clean: jax.Array, row: Row, noise: jax.Array | None) -> Memoryless:
+    def _update(self, state: Memoryless, clean: jax.Array, row: Row, noise: jax.Array) -> Memoryless:
         return Memoryless(clean + row["ratio"] * (state.sample - clean) + row["up"] * noise)
 
 
@@ -144,7 +146,7 @@ class Heun(_Exploding):
             "second": calls % 2,
         }
 
-    def _update(self, state: HeunState, clean: jax.Array, row: Row, noise: jax.Array | None) -> HeunState:
+    def _update(self, state: HeunState, clean: jax.Array, row: Row, noise: jax.Array) -> HeunState:
         second = row["second"] > 0
         slope = (state.sample - clean) / row["level"]
         slope = jnp.where(second, (state.slope + slope) / 2, slope)
@@ -182,10 +184,10 @@ class DDIM(Sampler):
             "spread": np.sqrt(variance),
         }
 
-    def _update(self, state: Memoryless, clean: jax.Array, row: Row, noise: jax.Array | None) -> Memoryless:
+    def _update(self, state: Memoryless, clean: jax.Array, row: Row, noise: jax.Array) -> Memoryless:
         epsilon = (state.sample - row["alpha"] * clean) / row["sigma"]
         sample = row["alpha_after"] * clean + row["sigma_after"] * epsilon
-        return Memoryless(sample if noise is None else sample + row["spread"] * noise)
+        return Memoryless(sample + row["spread"] * noise)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +225,7 @@ class LCM(Sampler):
             "c_out": scaled / np.sqrt(scaled**2 + 0.25),
         }
 
-    def _update(self, state: Memoryless, clean: jax.Array, row: Row, noise: jax.Array | None) -> Memoryless:
+    def _update(self, state: Memoryless, clean: jax.Array, row: Row, noise: jax.Array) -> Memoryless:
         boundary = row["c_out"] * clean + row["c_skip"] * state.sample
         return Memoryless(row["alpha_after"] * boundary + row["sigma_after"] * noise)
 

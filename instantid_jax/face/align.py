@@ -23,8 +23,8 @@ __all__ = ["ARCFACE_SIZE", "ARCFACE_TEMPLATE", "align", "check_keypoints", "umey
 ARCFACE_SIZE = 112
 """Side of the recogniser's crop in pixels."""
 
-ARCFACE_TEMPLATE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]])
-"""Where the five keypoints belong in the crop: (5, 2) pixels, x then y; image-left eye, image-right eye, nose, mouth left, mouth right."""
+ARCFACE_TEMPLATE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float32)
+"""Where the five keypoints belong in the crop: (5, 2) float32 pixels, x then y; image-left eye, image-right eye, nose, mouth left, mouth right."""
 ARCFACE_TEMPLATE.setflags(write=False)
 
 

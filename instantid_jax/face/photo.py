@@ -83,7 +83,7 @@ def load_photo(path: str | os.PathLike[str]) -> Image.Image:
     except PhotoError:
         raise
     except Image.DecompressionBombError as error:
-        raise PhotoError("too_large", f"{path}: {error}; shrink the picture first") from error
+        raise PhotoError("too_large", f"{path}: the picture has far more than the limit of {MAX_PIXELS} pixels; shrink it first") from error
     except UnidentifiedImageError as error:
         with path.open("rb") as file:
             kind = _describe(file.read(64))

@@ -6,6 +6,8 @@ published weights). Corresponds to diffusers' `ControlNetModel`, so the class is
 given text tokens as context.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -24,7 +26,7 @@ class ConditioningEmbedding(nnx.Module):
         dtype, widths = jnp.dtype(compute.dtype), config.conditioning_embedding_out_channels
         self.conv_in = Conv(config.conditioning_channels, widths[0], dtype=dtype, rngs=rngs)
         blocks: list[Conv] = []
-        for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+        for narrow, wide in itertools.pairwise(widths):
             blocks.append(Conv(narrow, narrow, dtype=dtype, rngs=rngs))
             blocks.append(Conv(narrow, wide, stride=2, dtype=dtype, rngs=rngs))
         self.blocks = nnx.List(blocks)

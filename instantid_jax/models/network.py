@@ -72,9 +72,11 @@ class Network:
         expected = self.disk_shapes()
         missing = sorted(expected.keys() - flat.keys())
         unused = sorted(flat.keys() - expected.keys())
-        shapes = [f"{p}: {tuple(flat[p].shape)} where {expected[p]} is needed" for p in expected.keys() & flat.keys() if tuple(flat[p].shape) != expected[p]]
+        common = sorted(expected.keys() & flat.keys())
+        shapes = [f"{p}: {tuple(flat[p].shape)} where {expected[p]} is needed" for p in common if tuple(flat[p].shape) != expected[p]]
         if missing or unused or shapes:
-            parts = [f"{title} ({len(items)}): {', '.join(items[:5])}" for title, items in (("missing", missing), ("unknown", unused), ("misshaped", sorted(shapes))) if items]
+            listed = {"missing": missing, "unknown": unused, "misshaped": shapes}
+            parts = [f"{title} ({len(items)}): {', '.join(items[:5])}" for title, items in listed.items() if items]
             raise WeightsMismatch(f"weights do not fit {name}: " + "; ".join(parts))
         return unflatten(stack_layers(flat, jnp.stack))
 

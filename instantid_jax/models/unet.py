@@ -102,5 +102,6 @@ class UNet(Encoder):
                 if block.attentions:
                     x = attend(block.attentions[j], f"up_blocks/{i}/attentions/{j}", x, text, identity)
             for upsampler in block.upsamplers:
-                x = upsampler(x, skips[-1].shape[1:3])
+                _, h, w, _ = skips[-1].shape  # twice the size, or one less where the way down met an odd one
+                x = upsampler(x, (h, w))
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

@@ -7,7 +7,7 @@
 softmaxes, one output projection; s is the adapter's strength and M an optional mask over the queries.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,8 @@ class Identity(NamedTuple):
 
     keys_values: KeysValues
     scale: Float[Array, ""]
-    mask: Float[Array, "b n 1"] | None
+    mask: Float[Array, "b n 1"] | Float[Array, "b H W"] | None
+    """A weight for every query; still a picture, at any resolution, where a `Transformer2D` is given it."""
 
 
 def dot_product_attention(

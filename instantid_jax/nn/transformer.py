@@ -100,16 +100,13 @@ class Transformer2D(nnx.Module):
         """`context` and `identity.keys_values` are stacked over the blocks; `identity.mask` is [b, H, W] at any resolution."""
         b, h, w, c = x.shape
         y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
-        if identity is None:
-            xs = (context, None)
-        else:
-            mask_id = None if identity.mask is None else resize_nearest(identity.mask, (h, w)).reshape(-1, h * w, 1)
-            xs = (context, identity.keys_values)
+        keys_values_id = None if identity is None else identity.keys_values
+        mask_id = None if identity is None or identity.mask is None else resize_nearest(identity.mask, (h, w)).reshape(-1, h * w, 1)
 
         def apply(block: BasicTransformerBlock, y: Array, layer: tuple[KeysValues, KeysValues | None]) -> tuple[Array, None]:
             text, keys_values = layer
             site = None if identity is None or keys_values is None else Identity(keys_values, identity.scale, mask_id)
             return block(y, text, mask, site), None
 
-        y, _ = scan_layers(self.transformer_blocks, apply, y, xs, unroll=self.compute.unroll, remat=self.compute.remat)
+        y, _ = scan_layers(self.transformer_blocks, apply, y, (context, keys_values_id), unroll=self.compute.unroll, remat=self.compute.remat)
         return self.proj_out(y.reshape(b, h, w, c)) + x

@@ -7,6 +7,9 @@ The work is done by transformers' ``CLIPTokenizer``. This wrapper reads the fold
   the difference is visible in the pictures.
 * A prompt that spells out ``<|startoftext|>`` or ``<|endoftext|>`` would move the position from which the pooled text
   vector is taken. Such words are read as plain text, with a `TokenizerWarning`.
+
+Ids are those of transformers 5. Before version 5 and without ftfy, transformers dropped control and joiner characters
+(NUL, zero-width joiner) and put spaces around Chinese ones; all other texts give the same ids in both.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ __all__ = ["Tokenizer", "TokenizerError", "TokenizerWarning"]
 
 Merges = list[tuple[str, str]]
 _UNLIMITED = 10**9
+_MIXED = "the folder's files do not belong together"
 
 
 class TokenizerError(ValueError):
@@ -48,7 +52,7 @@ class Tokenizer:
 
         for role, token in special.items():
             if token not in vocabulary:
-                raise TokenizerError(f"{role} {token!r} is not in the vocabulary of {len(vocabulary)} tokens; the folder's files do not belong together")
+                raise TokenizerError(f"{role} {token!r} is not in the vocabulary of {len(vocabulary)} tokens; {_MIXED}")
         self.length = length
         self.bos_id, self.eos_id, self.pad_id = (vocabulary[special[role]] for role in ("bos_token", "eos_token", "pad_token"))
         self._reserved = {special["bos_token"], special["eos_token"]}
@@ -62,17 +66,19 @@ class Tokenizer:
         special_tokens_map.json and tokenizer_config.json. Raises `TokenizerError` naming the file that is missing or unfit.
         """
         folder = Path(path)
-        if (folder / "added_tokens.json").is_file():
-            raise TokenizerError(f"{folder / 'added_tokens.json'}: added (textual inversion) tokens are not supported; remove the file to go on without them")
+        added = folder / "added_tokens.json"
+        if added.is_file():
+            raise TokenizerError(f"{added}: added (textual inversion) tokens are not supported; remove the file to go on without them")
         vocabulary, merges = _read_bpe(folder)
         config = _read_json(folder / "tokenizer_config.json")
         known = config | (_read_json(folder / "special_tokens_map.json") if (folder / "special_tokens_map.json").is_file() else {})
         special: dict[str, str] = {}
         for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
             token = known.get(role)
-            special[role] = token["content"] if isinstance(token, dict) else token
-            if not isinstance(special[role], str):
+            token = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(token, str):
                 raise TokenizerError(f"{folder}: neither special_tokens_map.json nor tokenizer_config.json names the {role}")
+            special[role] = token
         return cls(vocabulary, merges, special, int(config.get("model_max_length", 77)))
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
@@ -118,7 +124,7 @@ def _usable(merges: Merges, vocabulary: Mapping[str, int]) -> Merges:
     usable = [(left, right) for left, right in merges if left in vocabulary and right in vocabulary]
     for left, right in usable:
         if left + right not in vocabulary:
-            raise TokenizerError(f"merge {left!r} + {right!r} gives a token that the vocabulary does not have; the folder's files do not belong together")
+            raise TokenizerError(f"merge {left!r} + {right!r} gives a token that the vocabulary does not have; {_MIXED}")
     return usable
 
 
@@ -144,7 +150,7 @@ def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise TokenizerError(f"{file} is missing; a tokenizer folder holds vocab.json, merges.txt, tokenizer_config.json, special_tokens_map.json") from error
+        raise TokenizerError(f"{file} is missing; a tokenizer folder holds vocab.json, merges.txt and tokenizer_config.json") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:

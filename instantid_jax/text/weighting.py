@@ -31,6 +31,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from instantid_jax.text.tokenizer import Tokenizer
 
@@ -132,7 +133,7 @@ def _tokens(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], list[float]]:
     ids: list[int] = []
     weights: list[float] = []
     for text, weight in parse(prompt):
-        if abs(weight) > np.finfo(np.float16).max:
+        if abs(weight) > float(np.finfo(np.float16).max):
             raise PromptError(f"the weight {weight:g} of {text!r} is too large; weights are usually between 0 and 2")
         piece = tokenizer.encode_unbounded(text)
         ids += piece
@@ -158,7 +159,7 @@ def _group(tokenizer: Tokenizer, ids: list[int], weights: list[float]) -> Weight
     return out
 
 
-def apply_weights(states: jax.Array, weights: jax.Array, lengths: jax.Array) -> jax.Array:
+def apply_weights(states: ArrayLike, weights: ArrayLike, lengths: ArrayLike) -> jax.Array:
     """Equation (1) for every group, in float32.
 
     Args: encoder states [g, n, c], weights [g, n], lengths int [g]. Positions from `lengths` on are left as they are.
@@ -169,7 +170,7 @@ def apply_weights(states: jax.Array, weights: jax.Array, lengths: jax.Array) -> 
     return jnp.where(w == 1, states, last + (states - last) * w)
 
 
-def flatten_groups(states: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+def flatten_groups(states: jax.Array, lengths: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """The groups in a row, [g, n, c] -> [g*n, c], and which positions count, bool [g*n]."""
     g, n, c = states.shape
     mask = jnp.arange(n) < jnp.asarray(lengths)[:, None]

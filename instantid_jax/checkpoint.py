@@ -1,0 +1,125 @@
+"""Weights on disk: one Orbax checkpoint a network, a flat dict of arrays under their own names.
+
+Arrays are written uncompressed, each in a file of its own (Zarr 3): weights hardly compress, and neither writing nor
+reading then holds a network twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+__all__ = ["WeightsError", "load_weights", "save_weights"]
+
+_METADATA = "_CHECKPOINT_METADATA"
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be written or read; the message names the directory."""
+
+
+class _Borrowed(np.ndarray):
+    """A view that Orbax does not copy before it writes: nobody changes it meanwhile, and a network fits once in memory."""
+
+    def __deepcopy__(self, memo: dict[int, Any] | None) -> _Borrowed:
+        return self
+
+
+def save_weights(directory: str | Path, flat: Mapping[str, Any], dtype: str | None = None) -> None:
+    """Writes ``{path: array}`` into a new directory; it appears whole or not at all.
+
+    Host arrays may be views of any layout, such as mapped files: they are read where they lie. `dtype` casts every array
+    while it is written. Raises `WeightsError` where the directory exists, or for an empty dict.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists():
+        raise WeightsError(f"{directory} exists already; weights are never written over others")
+    if not flat:
+        raise WeightsError(f"{directory}: there are no weights to write")
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False
+    context.array.saving.use_compression = False
+    if dtype is not None:
+        context.array.saving.storage_options.dtype = np.dtype(dtype)
+    state = {path: x if isinstance(x, jax.Array) else np.asarray(x).view(_Borrowed) for path, x in flat.items()}
+    with context, _without_advice():
+        ocp.save(directory, state)
+
+
+def load_weights(
+    directory: str | Path, dtype: str | None = None, shardings: Mapping[str, jax.sharding.Sharding] | None = None
+) -> dict[str, Any]:
+    """Reads what `save_weights` wrote: ``{path: array}``.
+
+    Floating-point arrays are cast to `dtype` one by one as they are read. With `shardings`, one for every path, each
+    process reads its own parts straight onto its devices; otherwise the arrays are NumPy's.
+    Raises `WeightsError` for a directory that is absent, damaged or incomplete.
+    """
+    directory = Path(directory).absolute()
+    if not (directory / _METADATA).is_file():
+        raise WeightsError(f"{directory} holds no weights, or their writing was interrupted (no {_METADATA})")
+    _check_files(directory)
+    try:
+        with _without_advice():
+            described = ocp.metadata(directory).metadata
+            wanted = {path: _abstract(leaf, dtype, shardings and shardings[path]) for path, leaf in described.items()}
+            arrays = ocp.load(directory, wanted)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as problem:
+        first = str(problem).strip().splitlines() or [type(problem).__name__]
+        raise WeightsError(f"{directory}: the weights are damaged or incomplete ({first[0][:300]}); convert or copy them again") from problem
+    return dict(arrays)
+
+
+def _abstract(leaf: Any, dtype: str | None, sharding: jax.sharding.Sharding | None) -> Any:
+    """What Orbax is asked for: shape, type and place (devices or host) of one array."""
+    wanted = np.dtype(dtype) if dtype and jax.numpy.issubdtype(leaf.dtype, np.floating) else leaf.dtype
+    if sharding is not None:
+        return jax.ShapeDtypeStruct(leaf.shape, wanted, sharding=sharding)
+    return np.broadcast_to(np.zeros((), wanted), leaf.shape)  # only its shape, type and class count
+
+
+def _check_files(directory: Path) -> None:
+    """Finds what is missing or cut off before Orbax, in a moment and with a name. (Zarr 3: zarr.json beside the chunks.)"""
+    for chunks in directory.glob("state/**/c"):
+        described = chunks.parent / "zarr.json"
+        if not described.is_file():
+            raise WeightsError(f"{described} is missing; convert or copy the weights again")
+    for described in directory.glob("state/**/zarr.json"):
+        try:
+            content = json.loads(described.read_bytes())
+            needed = math.prod(content["shape"]) * np.dtype(content["data_type"]).itemsize
+        except (ValueError, KeyError, TypeError) as problem:
+            raise WeightsError(f"{described} is damaged; convert or copy the weights again") from problem
+        chunks = described.parent / "c"
+        files = [chunks] if chunks.is_file() else [f for f in chunks.rglob("*") if f.is_file()]
+        found = sum(f.stat().st_size for f in files)
+        if found < needed:
+            raise WeightsError(f"{described.parent} holds {found} of {needed} bytes; convert or copy the weights again")
+
+
+class _Quiet(logging.Filter):
+    """Orbax's advice: it suspects damage wherever its other file format is absent. What fails is raised anyway."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno > logging.ERROR
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    loggers, quiet = (logging.getLogger("absl"), logging.getLogger()), _Quiet()
+    for logger in loggers:
+        logger.addFilter(quiet)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(quiet)

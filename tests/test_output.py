@@ -1,0 +1,65 @@
+"""Pictures on disk."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from instantid_jax.output import contact_sheet, parameters_text, read_settings, save_png, save_run
+
+SETTINGS = {"prompt": "a (cat:1.2)\nin snow, ünï", "negative_prompt": "dog", "steps": 30, "sampler": "euler", "guidance_scale": 5.0, "seed": 4, "model": "m"}
+
+
+def test_settings_come_back(tmp_path: Path) -> None:
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", SETTINGS)
+    assert read_settings(tmp_path / "a.png") == SETTINGS
+    with Image.open(tmp_path / "a.png") as image:
+        text = getattr(image, "text", {})["parameters"]
+    assert text == "a (cat:1.2)\nin snow, ünï\nNegative prompt: dog\nSteps: 30, Sampler: euler, CFG scale: 5.0, Seed: 4, Model: m"
+    assert parameters_text({"prompt": "x", "steps": 1}) == "x\nSteps: 1"
+
+
+def test_equal_pictures_give_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        save_png(Image.new("RGB", (8, 8), "red"), tmp_path / name, SETTINGS)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_broken_write_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_png(Image.new("RGB", (8, 8), "red"), tmp_path / "a.png", SETTINGS)
+    before = (tmp_path / "a.png").read_bytes()
+
+    def fail(self: Image.Image, path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="no space"):
+        save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", SETTINGS)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
+def test_a_foreign_png_has_no_settings(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="holds no instantid_jax settings"):
+        read_settings(tmp_path / "x.png")
+
+
+def test_a_run_names_pictures_by_seed_and_hides_the_photo(tmp_path: Path) -> None:
+    photo = tmp_path / "secret_name.jpg"
+    Image.new("RGB", (20, 10), "blue").save(photo)
+    images = [Image.new("RGB", (8, 8)) for _ in range(2)]
+    paths = save_run(tmp_path / "out", images, images[0], [photo], SETTINGS | {"face": (photo,), "out": tmp_path, "num_images": 2})
+    assert [p.name for p in paths] == ["000004.png", "000005.png", "sheet.png"]
+    stored = read_settings(paths[1])
+    assert stored["seed"] == 5
+    assert len(stored["photos_sha256"][0]) == 64
+    assert "secret_name" not in str(stored)
+
+
+def test_contact_sheet_holds_every_picture() -> None:
+    sheet = contact_sheet([(str(i), Image.new("RGB", (10, 5), "red")) for i in range(5)], side=50)
+    assert sheet.size == (3 * 62 + 12, 2 * 84 + 12)
+    assert sheet.getpixel((12 + 25, 12 + 25)) == (255, 0, 0)
