@@ -49,7 +49,7 @@ def test_a_foreign_png_has_no_settings(tmp_path: Path) -> None:
 
 def test_a_run_names_pictures_by_seed_and_hides_the_photo(tmp_path: Path) -> None:
     photo = tmp_path / "secret_name.jpg"
-    Image.new("RGB", (20, 10), "blue").save(photo)
+    Image.new("RGB", (40, 20), "blue").save(photo)
     images = [Image.new("RGB", (8, 8)) for _ in range(2)]
     paths = save_run(tmp_path / "out", images, images[0], [photo], SETTINGS | {"face": (photo,), "out": tmp_path, "num_images": 2})
     assert [p.name for p in paths] == ["000004.png", "000005.png", "sheet.png"]
