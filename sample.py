@@ -1,7 +1,7 @@
 """Makes pictures of a person from one photo and a prompt.
 
-    python sample.py                                                     a small random model on a real photo
-    python sample.py --weights DIR --face me.jpg --prompt "film noir"    the real thing, with converted weights
+python sample.py                                                     a small random model on a real photo
+python sample.py --weights DIR --face me.jpg --prompt "film noir"    the real thing, with converted weights
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ every other name is refused, by name. Nothing is imported and nothing is called 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import struct
 from collections.abc import Callable, Iterator
@@ -346,7 +347,7 @@ def _check_storages(views: dict[str, _View], entries: dict[str, Entry]) -> None:
             spans.setdefault(storage.key, []).append((view.offset, last, name))
     for span in spans.values():
         span.sort()
-        for (_, last, one), (first, _, other) in zip(span, span[1:], strict=False):
+        for (_, last, one), (first, _, other) in itertools.pairwise(span):
             if first <= last:
                 raise _Refused(f"the tensors {one!r} and {other!r} share memory")
 

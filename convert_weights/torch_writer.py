@@ -12,7 +12,12 @@ import numpy as np
 
 from convert_weights.source import BFLOAT16
 
-_STORAGES = {np.dtype(np.float32): "FloatStorage", np.dtype(np.float16): "HalfStorage", BFLOAT16: "BFloat16Storage", np.dtype(np.float64): "DoubleStorage"}
+_STORAGES = {
+    np.dtype(np.float16): "HalfStorage",
+    np.dtype(np.float32): "FloatStorage",
+    np.dtype(np.float64): "DoubleStorage",
+    BFLOAT16: "BFloat16Storage",
+}
 _ALIGNMENT = 64
 
 Entries = Mapping[str, tuple[np.dtype, tuple[int, ...]]]

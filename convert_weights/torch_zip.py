@@ -81,7 +81,7 @@ def _directory(file: MappedFile) -> tuple[int, int, int]:
 def _entry(file: MappedFile, directory: bytes, at: int, limit: int) -> tuple[Entry, int]:
     if len(directory) < at + 46 or directory[at : at + 4] != _ENTRY:
         raise _refused(file, "its directory is damaged")
-    _, _, flags, method, _, _, _, packed, size, n_name, n_extra, n_comment, disk, _, _, header = struct.unpack("<6H3L5H2L", directory[at + 4 : at + 46])
+    _, _, flags, method, *_, packed, size, n_name, n_extra, n_comment, disk, _, _, header = struct.unpack("<6H3L5H2L", directory[at + 4 : at + 46])
     after = at + 46 + n_name + n_extra + n_comment
     if len(directory) < after:
         raise _refused(file, "its directory is damaged")

@@ -55,9 +55,7 @@ def save_weights(directory: str | Path, flat: Mapping[str, Any], dtype: str | No
         ocp.save(directory, state)
 
 
-def load_weights(
-    directory: str | Path, dtype: str | None = None, shardings: Mapping[str, jax.sharding.Sharding] | None = None
-) -> dict[str, Any]:
+def load_weights(directory: str | Path, dtype: str | None = None, shardings: Mapping[str, jax.sharding.Sharding] | None = None) -> dict[str, Any]:
     """Reads what `save_weights` wrote: ``{path: array}``.
 
     Floating-point arrays are cast to `dtype` one by one as they are read. With `shardings`, one for every path, each
@@ -71,8 +69,13 @@ def load_weights(
     try:
         with _without_advice():
             described = ocp.metadata(directory).metadata
+            homeless = sorted(set(described) - set(shardings)) if shardings is not None else []
+            if homeless:
+                raise WeightsError(f"{directory}: no sharding is given for {homeless[0]!r} and {len(homeless) - 1} others")
             wanted = {path: _abstract(leaf, dtype, shardings and shardings[path]) for path, leaf in described.items()}
             arrays = ocp.load(directory, wanted)
+    except WeightsError:
+        raise
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as problem:
         first = str(problem).strip().splitlines() or [type(problem).__name__]
         raise WeightsError(f"{directory}: the weights are damaged or incomplete ({first[0][:300]}); convert or copy them again") from problem

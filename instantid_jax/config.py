@@ -16,6 +16,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from instantid_jax.published import CONTROLNET_FIXED, UNET_FIXED, ConfigError, broadcast, read_fields, read_unet, require
+
 __all__ = [
     "AutoencoderConfig",
     "CLIPTextConfig",
@@ -34,90 +36,6 @@ __all__ = [
 
 T = TypeVar("T")
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the field, the value and what is accepted."""
-
-
-# Fields of the published files that do not change what is computed here, whatever their value.
-_INFORMATIVE = {
-    "_class_name",
-    "_diffusers_version",
-    "_name_or_path",
-    "_use_default_values",
-    "architectures",
-    "attention_dropout",
-    "bos_token_id",
-    "clip_sample_range",
-    "dropout",
-    "dtype",
-    "initializer_factor",
-    "initializer_range",
-    "model_type",
-    "pad_token_id",
-    "torch_dtype",
-    "transformers_version",
-}
-
-
-def _require(owner: str, field: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        choices = ", ".join(repr(a) for a in allowed)
-        raise ConfigError(f"{owner}: {field}={value!r} is not supported; supported: {choices}")
-
-
-def _tuple(value: Any, length: int) -> tuple[Any, ...]:
-    """Broadcasts a published scalar to one entry a block."""
-    return tuple(value) if isinstance(value, list | tuple) else (value,) * length
-
-
-def _read(cls: type[T], published: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], skip: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """Splits a published dict into the fields of `cls`, checking every other field against `fixed`."""
-    name = str(published.get("_class_name", cls.__name__))
-    own = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    taken: dict[str, Any] = {}
-    for key, value in published.items():
-        if key in own:
-            taken[key] = tuple(value) if isinstance(value, list) else value
-        elif key in fixed:
-            _require(name, key, value, fixed[key])
-        elif key not in _INFORMATIVE and key not in skip:
-            near = difflib.get_close_matches(key, sorted(own | set(fixed)), n=1)
-            hint = f"; the nearest known field is {near[0]!r}" if near else ""
-            raise ConfigError(f"{name}: unknown field {key!r} = {value!r}{hint}")
-    return taken
-
-
-_UNET_FIXED: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu",),
-    "addition_embed_type_num_heads": (64, None),
-    "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),
-    "class_embeddings_concat": (False,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
-    "downsample_padding": (1,),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "mid_block_only_cross_attention": (None, False),
-    "mid_block_scale_factor": (1, 1.0),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
-    "resnet_out_scale_factor": (1, 1.0),
-    "resnet_skip_time_act": (False,),
-    "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
-    "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,),
-    "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
-    "upcast_attention": (False, None),
-}
 
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
@@ -150,27 +68,30 @@ class UNetConfig:
     def __post_init__(self) -> None:
         blocks, name = len(self.block_out_channels), type(self).__name__
         for key in ("transformer_layers_per_block", "attention_head_dim"):
-            object.__setattr__(self, key, _tuple(getattr(self, key), blocks))
+            object.__setattr__(self, key, broadcast(getattr(self, key), blocks))
         for key in ("down_block_types", "transformer_layers_per_block", "attention_head_dim"):
             if len(getattr(self, key)) != blocks:
                 raise ConfigError(f"{name}: {key} has {len(getattr(self, key))} entries, block_out_channels has {blocks}")
         for block in self.down_block_types:
-            _require(name, "down_block_types", block, DOWN_BLOCKS)
-        _require(name, "addition_embed_type", self.addition_embed_type, ("text_time", None))
+            require(name, "down_block_types", block, DOWN_BLOCKS)
+        require(name, "addition_embed_type", self.addition_embed_type, ("text_time", None))
         for channels, heads, block in zip(self.block_out_channels, self.attention_head_dim, self.down_block_types, strict=True):
             if channels % self.norm_num_groups:
                 raise ConfigError(f"{name}: block_out_channels {channels} is not divisible by norm_num_groups {self.norm_num_groups}")
             if block != "DownBlock2D" and channels % heads:
                 raise ConfigError(f"{name}: block_out_channels {channels} is not divisible by its {heads} heads")
         if self.addition_embed_type and not (self.addition_time_embed_dim and self.projection_class_embeddings_input_dim):
-            raise ConfigError(f"{name}: addition_embed_type='text_time' needs addition_time_embed_dim and projection_class_embeddings_input_dim")
+            needed = "addition_time_embed_dim and projection_class_embeddings_input_dim"
+            raise ConfigError(f"{name}: addition_embed_type='text_time' needs {needed}")
         self._check_up_blocks()
 
     def _check_up_blocks(self) -> None:
         if len(self.up_block_types) != len(self.block_out_channels):
-            raise ConfigError(f"UNetConfig: up_block_types has {len(self.up_block_types)} entries, block_out_channels has {len(self.block_out_channels)}")
+            raise ConfigError(
+                f"UNetConfig: up_block_types has {len(self.up_block_types)} entries, block_out_channels has {len(self.block_out_channels)}"
+            )
         for block in self.up_block_types:
-            _require("UNetConfig", "up_block_types", block, UP_BLOCKS)
+            require("UNetConfig", "up_block_types", block, UP_BLOCKS)
 
     @property
     def time_embed_dim(self) -> int:
@@ -192,26 +113,7 @@ class UNetConfig:
     @classmethod
     def from_published(cls, published: Mapping[str, Any]) -> UNetConfig:
         """Reads ``unet/config.json``. Raises `ConfigError` on any field or value that is not implemented."""
-        return cls(**_unet_fields(cls, published, _UNET_FIXED))
-
-
-def _unet_fields(cls: type, published: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
-    published = dict(published)
-    heads = published.pop("num_attention_heads", None)
-    if heads is not None:
-        published["attention_head_dim"] = heads
-    layers = published.get("layers_per_block")
-    if isinstance(layers, list | tuple):
-        if len(set(layers)) != 1:
-            raise ConfigError(f"{cls.__name__}: layers_per_block={layers!r}: only equal numbers are supported")
-        published["layers_per_block"] = layers[0]
-    return _read(cls, published, fixed)
-
-
-_CONTROLNET_FIXED = {k: v for k, v in _UNET_FIXED.items() if k not in ("conv_out_kernel",)} | {
-    "controlnet_conditioning_channel_order": ("rgb",),
-    "global_pool_conditions": (False,),
-}
+        return cls(**read_unet(cls, published, UNET_FIXED))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +137,7 @@ class IdentityNetConfig(UNetConfig):
     @classmethod
     def from_published(cls, published: Mapping[str, Any]) -> IdentityNetConfig:
         """Reads a ControlNet's ``config.json``. Raises `ConfigError` on any field or value that is not implemented."""
-        return cls(**_unet_fields(cls, published, _CONTROLNET_FIXED))
+        return cls(**read_unet(cls, published, CONTROLNET_FIXED))
 
     @classmethod
     def from_unet(cls, unet: UNetConfig, conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)) -> IdentityNetConfig:
@@ -297,8 +199,8 @@ class AutoencoderConfig:
         published = dict(published)
         for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             for value in published.pop(key, ()):
-                _require("AutoencoderKL", key, value, (block,))
-        return cls(**_read(cls, published, {"act_fn": ("silu",)}))
+                require("AutoencoderKL", key, value, (block,))
+        return cls(**read_fields(cls, published, {"act_fn": ("silu",)}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,14 +222,14 @@ class CLIPTextConfig:
     """Whether the tower ends in `text_projection` (CLIPTextModelWithProjection)."""
 
     def __post_init__(self) -> None:
-        _require("CLIPTextConfig", "hidden_act", self.hidden_act, ("quick_gelu", "gelu"))
+        require("CLIPTextConfig", "hidden_act", self.hidden_act, ("quick_gelu", "gelu"))
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(f"CLIPTextConfig: hidden_size {self.hidden_size} is not divisible by its {self.num_attention_heads} heads")
 
     @classmethod
     def from_published(cls, published: Mapping[str, Any], *, with_projection: bool) -> CLIPTextConfig:
         """Reads ``text_encoder*/config.json``; whether there is a projection is said by ``model_index.json``."""
-        taken = _read(cls, published, {}) | {"with_projection": with_projection}
+        taken: dict[str, Any] = read_fields(cls, published, {}) | {"with_projection": with_projection}
         if taken.get("eos_token_id", 2) == 2:  # SDXL's files carry a placeholder; the tokenizer's last entry is meant
             taken["eos_token_id"] = taken.get("vocab_size", cls.vocab_size) - 1
         return cls(**taken)
@@ -365,17 +267,17 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         name = "SchedulerConfig"
-        _require(name, "beta_schedule", self.beta_schedule, ("scaled_linear", "linear"))
-        _require(name, "prediction_type", self.prediction_type, ("epsilon", "v_prediction"))
-        _require(name, "timestep_spacing", self.timestep_spacing, ("leading", "trailing", "linspace"))
-        _require(name, "final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
+        require(name, "beta_schedule", self.beta_schedule, ("scaled_linear", "linear"))
+        require(name, "prediction_type", self.prediction_type, ("epsilon", "v_prediction"))
+        require(name, "timestep_spacing", self.timestep_spacing, ("leading", "trailing", "linspace"))
+        require(name, "final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ConfigError(f"{name}: needs 0 < beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}")
 
     @classmethod
     def from_published(cls, published: Mapping[str, Any]) -> SchedulerConfig:
         """Reads ``scheduler_config.json`` of any of diffusers' schedulers: its schedule and spacing, not its solver."""
-        _require("scheduler", "_class_name", published.get("_class_name", "EulerDiscreteScheduler"), _SCHEDULERS)
+        require("scheduler", "_class_name", published.get("_class_name", "EulerDiscreteScheduler"), _SCHEDULERS)
         fixed: dict[str, tuple[Any, ...]] = {
             "clip_sample": (False,),
             "interpolation_type": ("linear",),
@@ -389,11 +291,28 @@ class SchedulerConfig:
         }
         # Solver settings of diffusers' classes: which solver runs is the sampler's name here, not the file's.
         solver = frozenset(
-            ("algorithm_type", "dynamic_thresholding_ratio", "euler_at_final", "lambda_min_clipped", "lower_order_final", "original_inference_steps")
-            + ("predict_x0", "sample_max_value", "skip_prk_steps", "solver_order", "solver_p", "solver_type", "disable_corrector", "timestep_scaling")
-            + ("variance_type", "flow_shift", "use_flow_sigmas", "use_lu_lambdas")
+            [
+                "algorithm_type",
+                "disable_corrector",
+                "dynamic_thresholding_ratio",
+                "euler_at_final",
+                "flow_shift",
+                "lambda_min_clipped",
+                "lower_order_final",
+                "original_inference_steps",
+                "predict_x0",
+                "sample_max_value",
+                "skip_prk_steps",
+                "solver_order",
+                "solver_p",
+                "solver_type",
+                "timestep_scaling",
+                "use_flow_sigmas",
+                "use_lu_lambdas",
+                "variance_type",
+            ]
         )
-        return cls(**_read(cls, published, fixed, solver))
+        return cls(**read_fields(cls, published, fixed, solver))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -423,7 +342,7 @@ class ModelConfig:
         text = self.text_encoder.hidden_size + self.text_encoder_2.hidden_size
         checks = (
             ("the two text towers' widths together", text, "unet.cross_attention_dim", self.unet.cross_attention_dim),
-            ("text_encoder_2.projection_dim", self.text_encoder_2.projection_dim, "the pooled width that unet.add_embedding expects", self.unet.pooled_dim),
+            ("text_encoder_2.projection_dim", self.text_encoder_2.projection_dim, "unet.add_embedding's pooled width", self.unet.pooled_dim),
             ("resampler.output_dim", self.resampler.output_dim, "unet.cross_attention_dim", self.unet.cross_attention_dim),
             ("identitynet.cross_attention_dim", self.identitynet.cross_attention_dim, "resampler.output_dim", self.resampler.output_dim),
             ("vae.latent_channels", self.vae.latent_channels, "unet.in_channels", self.unet.in_channels),
@@ -448,8 +367,8 @@ class ComputeConfig:
     """Whether transformer blocks are recomputed in the backward pass to save memory."""
 
     def __post_init__(self) -> None:
-        _require("ComputeConfig", "dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        _require("ComputeConfig", "attention", self.attention, ("auto", "xla", "blocked", "cudnn"))
+        require("ComputeConfig", "dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        require("ComputeConfig", "attention", self.attention, ("auto", "xla", "blocked", "cudnn"))
 
 
 def to_json(config: Any) -> str:
@@ -519,7 +438,13 @@ def tiny() -> ModelConfig:
         vae=AutoencoderConfig(block_out_channels=(16, 32, 32, 48), norm_num_groups=16, sample_size=128),
         text_encoder=CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, projection_dim=32),
         text_encoder_2=CLIPTextConfig(
-            hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, hidden_act="gelu", projection_dim=40, with_projection=True
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            hidden_act="gelu",
+            projection_dim=40,
+            with_projection=True,
         ),
         face_analyzer="opencv",
     )

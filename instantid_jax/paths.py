@@ -13,7 +13,19 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 Tree = dict[str, Any]
 
-__all__ = ["PathError", "STACKED", "first_match", "flatten", "map_paths", "partition", "select", "stack_layers", "stacked_path", "unflatten", "unstack_layers"]
+__all__ = [
+    "STACKED",
+    "PathError",
+    "first_match",
+    "flatten",
+    "map_paths",
+    "partition",
+    "select",
+    "stack_layers",
+    "stacked_path",
+    "unflatten",
+    "unstack_layers",
+]
 
 
 class PathError(ValueError):

@@ -25,11 +25,12 @@ from instantid_jax.face import prepare_control_image
 from instantid_jax.models import FROZEN, TRAINABLE, Network, build_networks
 from instantid_jax.models.encoder import AddedConditions
 from instantid_jax.models.identitynet import IdentityNet
-from instantid_jax.request import PipelineError, Request
+from instantid_jax.request import CHECKED, PipelineError, Request
 from instantid_jax.text import Tokenizer
 from instantid_jax.text.weighting import apply_weights, encode_weighted, flatten_groups
 
 NETWORKS = (*FROZEN, *TRAINABLE)
+_IMPORT = "python -m convert_weights import"
 __all__ = ["InstantIDPipeline", "PipelineError", "PipelineOutput"]
 
 
@@ -93,14 +94,14 @@ class InstantIDPipeline:
         """
         directory, compute = Path(directory), ComputeConfig(dtype=dtype, attention=attention)
         if not (directory / "config.json").is_file():
-            raise PipelineError(f"{directory} is not a folder of converted weights (no config.json); make one with: python -m convert_weights import")
+            raise PipelineError(f"{directory} is not a folder of converted weights (no config.json); make one with: {_IMPORT}")
         config = from_json(ModelConfig, (directory / "config.json").read_text())
         networks = build_networks(config)
         parameters = {name: _load(directory / name, networks[name], name, dtype, mesh) for name in NETWORKS}
         extra = []
         for folder in map(Path, controlnets):
             if not (folder / "config.json").is_file():
-                raise PipelineError(f"{folder} is not a converted ControlNet (no config.json); make one with: python -m convert_weights import --controlnet")
+                raise PipelineError(f"{folder} is not a converted ControlNet (no config.json); make one with: {_IMPORT} --controlnet")
             network = Network(IdentityNet, from_json(IdentityNetConfig, (folder / "config.json").read_text()), compute)
             extra.append((network, _load(folder / "controlnet", network, "controlnet", dtype, mesh)))
         tokenizers = (Tokenizer.from_directory(directory / "tokenizer"), Tokenizer.from_directory(directory / "tokenizer_2"))
@@ -227,18 +228,18 @@ class InstantIDPipeline:
         Raises:
             PipelineError: an argument is out of range or of the wrong shape; nothing has been compiled by then.
         """
-        arguments = {k: v for k, v in locals().items() if k not in ("self", "on_step", "image", "control_mask", "latents", "image_embeds", "sampler_options")}
+        arguments = {k: v for k, v in locals().items() if k in CHECKED}
         request = Request.check(**arguments, nets=1 + len(self.controlnets))
         images = request.control_images(image, prepare_control_image, self.config.vae.downscale)
-        height, width = images[0].shape[:2]
+        size = images[0].shape[0], images[0].shape[1]
         embeddings = request.embeddings(image_embeds, self.config.resampler.embedding_dim)
         solver = make_sampler(sampler, self.config.scheduler, **(sampler_options or {}))
         plan = solver.plan(num_inference_steps)
         down = self.config.vae.downscale
-        shape = (height // down, width // down, self.config.unet.in_channels)
+        shape = (size[0] // down, size[1] // down, self.config.unet.in_channels)
         seeds = request.seeds()
         noise = programs.initial_noise(seeds, shape) if latents is None else request.latents(latents, shape)
-        mask = request.mask(control_mask, (height, width))
+        mask = request.mask(control_mask, size)
         conditions = self._conditions(request, images, embeddings, mask, plan)
         denoiser = Denoiser(self.networks["unet"], self.networks["adapter"], self.networks["identitynet"], tuple(n for n, _ in self.controlnets))
         weights = {k: self.parameters[k] for k in ("unet", "adapter", "identitynet")} | {"controlnets": tuple(p for _, p in self.controlnets)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -37,9 +36,9 @@ class CompileSeconds:
     def __init__(self) -> None:
         self.total = 0.0
 
-    def _listen(self, event: str, duration: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.startswith(_COMPILING):
-            self.total += duration
+            self.total += duration_secs
 
     def __enter__(self) -> CompileSeconds:
         jax.monitoring.register_event_duration_secs_listener(self._listen)

@@ -8,7 +8,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from instantid_jax.face import EmbeddingError, FaceAnalyzer, Identity, KeypointError, draw_kps, identity_from_photos, load_photo, load_precomputed, resize_img
+from instantid_jax.face import (
+    EmbeddingError,
+    FaceAnalyzer,
+    Identity,
+    KeypointError,
+    draw_kps,
+    identity_from_photos,
+    load_photo,
+    load_precomputed,
+    resize_img,
+)
 
 
 def read_identity(paths: Sequence[Path], analyzer: FaceAnalyzer, face_index: int | None = None) -> Identity:
@@ -36,5 +46,5 @@ def keypoint_picture(pose: Identity, width: int | None, height: int | None, long
     w, h = pose.size
     factor = long_side / max(w, h)
     size = (width or max(64, round(w * factor) // 64 * 64), height or max(64, round(h * factor) // 64 * 64))
-    keypoints = np.asarray(pose.face.kps, np.float32) * np.float32([size[0] / w, size[1] / h])
+    keypoints = np.asarray(pose.face.kps, np.float32) * np.asarray([size[0] / w, size[1] / h], np.float32)
     return draw_kps(size, keypoints)

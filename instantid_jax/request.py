@@ -13,6 +13,14 @@ from PIL import Image
 
 from instantid_jax.diffusion import SAMPLERS
 
+_SIZES = ("original_size", "crops_coords_top_left", "target_size")
+_SIZES += tuple(f"negative_{name}" for name in _SIZES)
+# The pipeline's arguments that can be checked without knowing the size of the picture.
+CHECKED = (
+    *("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_weighting", "clip_skip", "num_images_per_prompt", "seed"),
+    *("height", "width", "num_inference_steps", "sampler", "output_type", "guidance_scale", "guidance_rescale", "ip_adapter_scale"),
+    *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", *_SIZES),
+)
 OUTPUT_TYPES = ("pil", "np", "latent")
 
 
@@ -90,11 +98,15 @@ class Request:
         optional = {k: None if a[k] is None else _texts(k, a[k], len(prompts)) for k in ("prompt_2", "negative_prompt", "negative_prompt_2")}
         if a["sampler"] not in SAMPLERS:
             near = difflib.get_close_matches(str(a["sampler"]), list(SAMPLERS), n=1)
-            raise PipelineError(f"sampler {a['sampler']!r} is unknown" + (f"; did you mean {near[0]!r}?" if near else "") + f" Known: {', '.join(SAMPLERS)}")
+            raise PipelineError(
+                f"sampler {a['sampler']!r} is unknown" + (f"; did you mean {near[0]!r}?" if near else "") + f" Known: {', '.join(SAMPLERS)}"
+            )
         if a["output_type"] not in OUTPUT_TYPES:
             raise PipelineError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {a['output_type']!r}")
         if a["prompt_weighting"] and (optional["prompt_2"] or optional["negative_prompt_2"] or a["clip_skip"]):
-            raise PipelineError("prompt_2, negative_prompt_2 and clip_skip have no meaning with prompt_weighting, which feeds one text to both towers")
+            raise PipelineError(
+                "prompt_2, negative_prompt_2 and clip_skip have no meaning with prompt_weighting, which feeds one text to both towers"
+            )
         starts = _per_net("control_guidance_start", a["control_guidance_start"], nets, 0, 1)
         ends = _per_net("control_guidance_end", a["control_guidance_end"], nets, 0, 1)
         for start, end in zip(starts, ends, strict=True):
@@ -105,8 +117,7 @@ class Request:
         for side in ("height", "width"):
             if a[side] is not None and _whole(side, a[side], 64, 8192) % 8:
                 raise PipelineError(f"{side} must be a multiple of 8, not {a[side]}")
-        names = ("original_size", "crops_coords_top_left", "target_size")
-        pairs = [None if a[k] is None else _pair(k, a[k]) for k in (*names, *(f"negative_{k}" for k in names))]
+        pairs = [None if a[k] is None else _pair(k, a[k]) for k in _SIZES]
         return cls(
             prompts=prompts,
             prompts_2=optional["prompt_2"] or prompts,
@@ -155,7 +166,9 @@ class Request:
         """The face embedding [d]; several of one person are averaged, as in the paper."""
         array = np.asarray(value, np.float32)
         if array.shape[-1:] != (width,) or array.ndim > 3:
-            raise PipelineError(f"image_embeds has shape {array.shape}; this model's recogniser gives vectors of {width}: [{width}] or [photos, {width}]")
+            raise PipelineError(
+                f"image_embeds has shape {array.shape}; this model's recogniser gives vectors of {width}: [{width}] or [photos, {width}]"
+            )
         array = array.reshape(-1, width)
         if not np.isfinite(array).all():
             raise PipelineError("image_embeds has values that are not finite")

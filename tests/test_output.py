@@ -8,7 +8,15 @@ from PIL import Image
 
 from instantid_jax.output import contact_sheet, parameters_text, read_settings, save_png, save_run
 
-SETTINGS = {"prompt": "a (cat:1.2)\nin snow, ünï", "negative_prompt": "dog", "steps": 30, "sampler": "euler", "guidance_scale": 5.0, "seed": 4, "model": "m"}
+SETTINGS = {
+    "prompt": "a (cat:1.2)\nin snow, ünï",
+    "negative_prompt": "dog",
+    "steps": 30,
+    "sampler": "euler",
+    "guidance_scale": 5.0,
+    "seed": 4,
+    "model": "m",
+}
 
 
 def test_settings_come_back(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """diffusers' and transformers' files: names mirror our paths, so that rows speak of kinds of layers.
 
-    UNet2DConditionModel, ControlNetModel, AutoencoderKL          DIFFUSERS
-    CLIPTextModel, CLIPTextModelWithProjection                    CLIP
+UNet2DConditionModel, ControlNetModel, AutoencoderKL          DIFFUSERS
+CLIPTextModel, CLIPTextModelWithProjection                    CLIP
 """
 
 from convert_weights.rules import CONV, LINEAR, Row, Table

@@ -33,7 +33,7 @@ _UNET_ENDS = {
     "out.2": "conv_out",
 }
 
-_BUFFERS = (
+_IGNORED = (
     (r"^model_ema\.", "a moving average of the UNet, which the file has beside it"),
     (r"^denoiser\.sigmas$", "the noise schedule's buffer"),
     (r"^(betas|alphas_cumprod\w*|sqrt_\w+|log_one_minus_\w+|posterior_\w+|lvlb_weights|logvar)$", "the noise schedule's buffer"),
@@ -44,8 +44,6 @@ _BUFFERS = (
     (r"^(v_pred|ztsnr|edm_mean|edm_std)$", "a mark that says how the model was trained"),
     (r"^(loss|first_stage_model\.loss|optimizer\w*|lr_schedulers?)\.|^(global_step|epoch)$", "left over from training"),
 )
-
-IGNORED = _BUFFERS
 
 
 def _rename(names: dict[str, str]) -> Iterator[Row]:
@@ -84,7 +82,7 @@ def unet(config: UNetConfig) -> Table:
                 rows.append(Row(f"{old}.1.{{path}}", f"up_blocks.{i}.attentions.{j}.{{path}}"))
             if j == layers - 1 and i < blocks - 1:
                 rows += _rename({f"{old}.{2 if cross else 1}.conv": f"up_blocks.{i}.upsamplers.0.conv"})
-    return Table([Row(UNET + row.source, row.target, row.layout) for row in rows], separator=".")
+    return Table([Row(UNET + row.source, row.target, row.layout) for row in rows], separator=".", ignored=_IGNORED)
 
 
 def vae(config: AutoencoderConfig) -> Table:
@@ -107,10 +105,10 @@ def vae(config: AutoencoderConfig) -> Table:
             rows.append(Row(f"{old}.block.{{i}}.{{path}}", f"{new}.resnets.{{i}}.{{path}}"))
             rows += _rename({f"{old}.{resize}.conv": f"{new}.{resizer}.0.conv"})
     rows.append(Row("{path}", "{path}"))
-    return Table([Row(VAE + row.source, row.target, row.layout) for row in rows], separator=".", aliases=((r"^vae\.", VAE),))
+    return Table([Row(VAE + row.source, row.target, row.layout) for row in rows], separator=".", aliases=((r"^vae\.", VAE),), ignored=_IGNORED)
 
 
-TEXT_ENCODER = Table([Row(TEXT_1 + "{path}", "{path}")], separator=".")
+TEXT_ENCODER = Table([Row(TEXT_1 + "{path}", "{path}")], separator=".", ignored=_IGNORED)
 
 _LAYER, _RESBLOCK = "text_model.encoder.layers.{i}", TEXT_2 + "transformer.resblocks.{i}"
 _LAYER_NAMES = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
@@ -121,9 +119,10 @@ TEXT_ENCODER_2 = Table(
         Row(TEXT_2 + "token_embedding.weight", "text_model.embeddings.token_embedding.weight", KEEP),
         Row(TEXT_2 + "text_projection", "text_projection.weight", LINEAR),
         *_rename({TEXT_2 + "ln_final": "text_model.final_layer_norm"}),
-        *(row for k, p in enumerate("qkv") for row in (Row(f"{_RESBLOCK}.attn.in_proj_weight", f"{_LAYER}.self_attn.{p}_proj.weight", thirds(k)),)),
-        *(row for k, p in enumerate("qkv") for row in (Row(f"{_RESBLOCK}.attn.in_proj_bias", f"{_LAYER}.self_attn.{p}_proj.bias", thirds(k)),)),
+        *(Row(f"{_RESBLOCK}.attn.in_proj_weight", f"{_LAYER}.self_attn.{p}_proj.weight", thirds(k)) for k, p in enumerate("qkv")),
+        *(Row(f"{_RESBLOCK}.attn.in_proj_bias", f"{_LAYER}.self_attn.{p}_proj.bias", thirds(k)) for k, p in enumerate("qkv")),
         *_rename({f"{_RESBLOCK}.{old}": f"{_LAYER}.{new}" for old, new in _LAYER_NAMES.items()}),
     ),
     separator=".",
+    ignored=_IGNORED,
 )

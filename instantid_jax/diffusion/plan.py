@@ -35,8 +35,8 @@ __all__ = ["Plan", "Row", "Rows", "Sampler", "State"]
 State = Any
 """A NamedTuple of arrays with a field `sample`; which others there are is the sampler's own matter."""
 
-Row = dict[str, jax.Array]
-"""One row of `Plan.rows`: float32 scalars."""
+Row = dict[str, Any]
+"""One row of `Plan.rows`: float32 scalars, of jax inside a loop, of numpy outside."""
 Rows = dict[str, np.ndarray[Any, np.dtype[Any]]]
 """Columns of a table on the host, in float64."""
 

@@ -81,9 +81,7 @@ class MidBlock(nnx.Module):
         channels, dtype = config.block_out_channels[-1], jnp.dtype(compute.dtype)
         self.resnets = nnx.List(
             [
-                ResnetBlock(
-                    channels, channels, config.norm_num_groups, config.norm_eps, time_channels=config.time_embed_dim, dtype=dtype, rngs=rngs
-                )
+                ResnetBlock(channels, channels, config.norm_num_groups, config.norm_eps, time_channels=config.time_embed_dim, dtype=dtype, rngs=rngs)
                 for _ in range(2)
             ]
         )
@@ -114,9 +112,7 @@ class Encoder(nnx.Module):
         self.time_embedding = TimestepEmbedding(channels[0], config.time_embed_dim, dtype=dtype, rngs=rngs)
         if config.addition_embed_type == "text_time":
             assert config.projection_class_embeddings_input_dim is not None
-            self.add_embedding = TimestepEmbedding(
-                config.projection_class_embeddings_input_dim, config.time_embed_dim, dtype=dtype, rngs=rngs
-            )
+            self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, config.time_embed_dim, dtype=dtype, rngs=rngs)
         self.down_blocks = nnx.List([DownBlock(config, i, compute=compute, rngs=rngs) for i in range(len(channels))])
         self.mid_block = MidBlock(config, compute=compute, rngs=rngs)
 

@@ -96,9 +96,7 @@ class Attention(nnx.Module):
     Only the output projection has a bias, unless `bias` (the autoencoder's attention).
     """
 
-    def __init__(
-        self, channels: int, context_channels: int, heads: int, *, bias: bool = False, compute: ComputeConfig, rngs: nnx.Rngs
-    ):
+    def __init__(self, channels: int, context_channels: int, heads: int, *, bias: bool = False, compute: ComputeConfig, rngs: nnx.Rngs):
         dtype = jnp.dtype(compute.dtype)
         self.heads, self.backend = heads, compute.attention
         self.to_q = nnx.Linear(channels, channels, use_bias=bias, dtype=dtype, rngs=rngs)

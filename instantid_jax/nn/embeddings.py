@@ -1,6 +1,6 @@
 """Embeddings of scalars: the diffusion time, and SDXL's six size numbers.
 
-    sinusoid(t)_i = [cos(t f_i), sin(t f_i)],  f_i = 10000^(-i / (D/2)),  i = 0 .. D/2 - 1
+sinusoid(t)_i = [cos(t f_i), sin(t f_i)],  f_i = 10000^(-i / (D/2)),  i = 0 .. D/2 - 1
 """
 
 from typing import Any

@@ -76,9 +76,7 @@ class Transformer2D(nnx.Module):
         dtype = jnp.dtype(compute.dtype)
         self.compute = compute
         self.norm = GroupNorm(channels, groups, 1e-6, dtype=dtype, rngs=rngs)
-        self.transformer_blocks = stack_of(
-            lambda r: BasicTransformerBlock(channels, context_channels, heads, compute=compute, rngs=r), depth, rngs
-        )
+        self.transformer_blocks = stack_of(lambda r: BasicTransformerBlock(channels, context_channels, heads, compute=compute, rngs=r), depth, rngs)
         if linear:
             self.proj_in = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
             self.proj_out = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)

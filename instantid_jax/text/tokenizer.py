@@ -15,6 +15,7 @@ Ids are those of transformers 5. Before version 5 and without ftfy, transformers
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,9 @@ class Tokenizer:
 
         Raises `TokenizerError` for a special token or a merge that the vocabulary does not have.
         """
-        from transformers.models.clip.tokenization_clip import CLIPTokenizer  # seconds to import, so only when needed
+        # Imported only when needed, as it takes seconds. Without torch, transformers would print advice to install it.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
         for role, token in special.items():
             if token not in vocabulary:

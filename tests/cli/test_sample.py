@@ -15,7 +15,9 @@ QUICK = ["--steps", "2", "--height", "64", "--width", "64"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys, sample; status = sample.main(sys.argv[1:]); print('HEAVY', sorted({'torch', 'tensorflow'} & set(sys.modules))); sys.exit(status)"
+    code = (
+        "import sys, sample; status = sample.main(sys.argv[1:]); print('HEAVY', sorted({'torch', 'tensorflow'} & set(sys.modules))); sys.exit(status)"
+    )
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 

@@ -85,6 +85,11 @@ def test_several_faces_are_an_error_that_names_the_largest():
     assert analyze_photo(faces, PHOTO, face_index=2).bbox[0] == 95
 
 
+def test_two_faces_are_several():
+    with pytest.raises(FaceError, match="2 faces found; .* --face-index 1"):
+        analyze_photo(always(a_face(0, 0, 10, 10), a_face(50, 0, 70, 20)), PHOTO)
+
+
 def test_an_index_out_of_range_and_an_unknown_policy():
     for index in (1, -1):
         with pytest.raises(FaceError, match=rf"there is no face {index}; 1 found") as caught:

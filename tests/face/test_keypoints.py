@@ -33,6 +33,14 @@ def test_discs_sit_on_truncated_positions():
     assert not np.array_equal(exact, rounded_up)
 
 
+def test_where_sticks_cross_the_later_one_is_on_top():
+    # Seen from the side: both eyes, and both mouth corners, lie nearly in one line with the nose.
+    profile = np.array([[20, 20], [30, 20], [100, 100], [30, 180], [20, 180]], np.float32)
+    picture = np.asarray(draw_kps((200, 200), profile))
+    assert tuple(picture[60, 62]) == (0, 153, 0)
+    assert tuple(picture[140, 62]) == (153, 0, 153)
+
+
 def test_points_outside_are_drawn_where_they_are():
     moved = KPS - np.array([130, 0], np.float32)
     assert keypoints_outside(moved, (300, 280)) == 2

@@ -95,7 +95,9 @@ def ours(sampler, steps: int, start: int = 0, sample: np.ndarray | None = None) 
     plan = sampler.plan(steps, start)
     noise = draws(1 + plan.num_calls)
     x = jnp.asarray(noise[0]) * plan.init_noise_sigma if sample is None else sampler.add_noise(jnp.asarray(sample), jnp.asarray(noise[0]), plan)
-    return np.concatenate([x[None], scan(sampler, plan, x, noise[1:])])
+    # What a step computes depends on the prediction type alone; all else is in the plan. So most settings share a compilation.
+    stepper = dataclasses.replace(sampler, config=SchedulerConfig(prediction_type=sampler.config.prediction_type))
+    return np.concatenate([x[None], scan(stepper, plan, x, noise[1:])])
 
 
 def error(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -105,13 +107,23 @@ def error(actual: np.ndarray, expected: np.ndarray) -> float:
     return float((np.abs(actual - expected).max(axes) / np.abs(expected).max(axes)).max())
 
 
-@pytest.mark.parametrize("steps", [4, 5, 14, 15, 20, 30])
+@pytest.mark.parametrize("steps", [4, 5, 20, 30])
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("name", ORACLES)
 def test_trajectory(name, prediction_type, steps, monkeypatch):
     config = SchedulerConfig(prediction_type=prediction_type)
     expected = reference(oracle(name, config), steps, monkeypatch)
     assert error(ours(make_sampler(name, config), steps), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("final_sigmas_type", ["zero", "sigma_min"])
+@pytest.mark.parametrize("steps", [1, 2, 14, 15])
+def test_order_of_the_last_step(steps, final_sigmas_type, monkeypatch):
+    """DPM-Solver++ lowers its order at the end of runs under 15 steps, and always when it ends at level 0."""
+    config = SchedulerConfig(final_sigmas_type=final_sigmas_type)
+    for name in ("dpmpp_2m", "unipc"):
+        expected = reference(oracle(name, config), steps, monkeypatch)
+        assert error(ours(make_sampler(name, config), steps), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m_sde", "unipc"])
@@ -139,7 +151,7 @@ def test_older_final_level(name, karras, monkeypatch):
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
 @pytest.mark.parametrize("name", ORACLES)
 def test_spacings(name, spacing, monkeypatch):
-    for steps in (7, 30):
+    for steps in (5, 30):
         config = SchedulerConfig(timestep_spacing=spacing)
         expected = reference(oracle(name, config), steps, monkeypatch)
         assert error(ours(make_sampler(name, config), steps), expected) <= TOLERANCE
@@ -150,7 +162,7 @@ def test_zero_terminal_snr(name, monkeypatch):
     config = SchedulerConfig(prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True)
     # diffusers' own Euler step out of pure noise (level 4096) loses 1e-4 in float32: see the next test for that step.
     start, sample = (1, draws(3)[2]) if name.startswith("euler") else (0, None)
-    for steps in (7, 30):
+    for steps in (5 + start, 30 + start):
         expected = reference(oracle(name, config), steps, monkeypatch, start=start, sample=sample)
         assert error(ours(make_sampler(name, config), steps, start, sample), expected) <= TOLERANCE
 
@@ -187,7 +199,7 @@ def test_ddim_final_alpha_of_one(monkeypatch):
 def test_image_to_image(name, monkeypatch):
     """The first steps are skipped: noise to the level of the first kept one, and multistep memory begins there."""
     config, sample = SchedulerConfig(), draws(3)[2]
-    for steps, start in ((5, 4), (20, 7)):
+    for steps, start in ((9, 5), (20, 15)):
         expected = reference(oracle(name, config), steps, monkeypatch, start=start, sample=sample)
         assert error(ours(make_sampler(name, config), steps, start, sample), expected) <= TOLERANCE
 

@@ -1,0 +1,150 @@
+"""python -m convert_weights import | export | inspect | diff | verify; each explains itself with --help."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from convert_weights import inspection
+from convert_weights.exporting import export_weights
+from convert_weights.importing import import_snapshot
+from convert_weights.readers import read_controlnet, read_model
+from convert_weights.source import ConversionError
+from instantid_jax.checkpoint import WeightsError
+from instantid_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """Published PyTorch weights to this package's format. Give --base and --instantid, or --controlnet alone."""
+
+    out: Path
+    """Folder to write; it must not exist or be empty."""
+    base: Path | None = None
+    """SDXL in diffusers' layout (a folder), or a single-file SDXL checkpoint."""
+    instantid: Path | None = None
+    """InstantID's folder: ControlNetModel/ and ip-adapter.bin or ip-adapter.safetensors."""
+    controlnet: Path | None = None
+    """An ordinary SDXL ControlNet (a folder), to be used beside IdentityNet."""
+    dtype: Literal["keep", "float32", "bfloat16"] = "keep"
+    """Type to store; "keep" stores every tensor as it is, so that export gives the original bytes."""
+    variant: str | None = None
+    """Which of several weight files to take, such as fp16; by default the plain ones, or the only ones there."""
+    base_fallback: Path | None = None
+    """With a single-file --base: an SDXL folder for the tokenizers and for whatever the file lacks (VAE, text encoders)."""
+    tokens: int = 16
+    """Identity tokens that the adapter must make."""
+    overwrite: bool = False
+    """Replace what is in --out."""
+
+    def run(self) -> int:
+        """Converts and prints what became of each network."""
+        start = time.monotonic()
+        if self.controlnet is not None:
+            if self.base is not None or self.instantid is not None:
+                raise ConversionError("give either --controlnet, or --base and --instantid")
+            snapshot = read_controlnet(self.controlnet, self.variant)
+        elif self.base is None or self.instantid is None:
+            raise ConversionError("give --base and --instantid, or --controlnet alone")
+        else:
+            snapshot = read_model(self.base, self.instantid, self.variant, self.base_fallback, self.tokens)
+        manifest = import_snapshot(snapshot, self.out, self.dtype, self.overwrite)
+        _print([*inspection.summary(manifest), f"written to {self.out} in {time.monotonic() - start:.1f} s"])
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """This package's weights back to ControlNetModel/, ip-adapter.safetensors and ip-adapter.bin."""
+
+    weights: Path
+    """Folder that import wrote."""
+    out: Path
+    """Folder to write; it must not exist or be empty."""
+    base: bool = False
+    """Write the SDXL folder too, as base/."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Cast all tensors; needed where import changed their type."""
+    overwrite: bool = False
+    """Replace what is in --out."""
+
+    def run(self) -> int:
+        """Exports and prints what was written."""
+        _print(export_weights(self.weights, self.out, self.base, self.dtype, self.overwrite))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Lists the tensors of a weights folder, a safetensors file or a torch file (which is read, never run)."""
+
+    path: tyro.conf.Positional[Path]
+    """Folder or file."""
+
+    def run(self) -> int:
+        """Prints the table."""
+        _print(inspection.inspect_path(self.path))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Diff:
+    """Compares two weights folders or two tensor files; the exit code is 1 where they differ."""
+
+    a: tyro.conf.Positional[Path]
+    """One."""
+    b: tyro.conf.Positional[Path]
+    """The other."""
+
+    def run(self) -> int:
+        """Prints the differences."""
+        equal, lines = inspection.diff_paths(self.a, self.b)
+        _print(lines)
+        return 0 if equal else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Re-hashes a weights folder and holds every tensor and file against its manifest."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder that import wrote."""
+
+    def run(self) -> int:
+        """Prints one line where all is well."""
+        _print(inspection.verify_folder(self.folder))
+        return 0
+
+
+Command = (
+    Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Diff, tyro.conf.subcommand("diff")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+)
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 where it succeeded. An error is one message on stderr and 1, never a traceback."""
+    command = tyro.cli(Command, prog="python -m convert_weights", description=__doc__, args=arguments)  # type: ignore[call-overload]
+    try:
+        return command.run()
+    except (ConversionError, ConfigError, WeightsError, OSError) as problem:
+        print(f"convert_weights: {problem}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

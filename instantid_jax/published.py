@@ -1,0 +1,113 @@
+"""Reading of published ``config.json`` files: known fields are taken, harmless ones passed over, everything else refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the field, the value and what is accepted."""
+
+
+# Fields of the published files that do not change what is computed here, whatever their value.
+_INFORMATIVE = {
+    "_class_name",
+    "_diffusers_version",
+    "_name_or_path",
+    "_use_default_values",
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "clip_sample_range",
+    "dropout",
+    "dtype",
+    "initializer_factor",
+    "initializer_range",
+    "model_type",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers_version",
+}
+
+
+def require(owner: str, field: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        choices = ", ".join(repr(a) for a in allowed)
+        raise ConfigError(f"{owner}: {field}={value!r} is not supported; supported: {choices}")
+
+
+def broadcast(value: Any, length: int) -> tuple[Any, ...]:
+    """Broadcasts a published scalar to one entry a block."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,) * length
+
+
+def read_fields(
+    cls: type[Any], published: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], skip: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """Splits a published dict into the fields of `cls`, checking every other field against `fixed`."""
+    name = str(published.get("_class_name", cls.__name__))
+    own = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    taken: dict[str, Any] = {}
+    for key, value in published.items():
+        if key in own:
+            taken[key] = tuple(value) if isinstance(value, list) else value
+        elif key in fixed:
+            require(name, key, value, fixed[key])
+        elif key not in _INFORMATIVE and key not in skip:
+            near = difflib.get_close_matches(key, sorted(own | set(fixed)), n=1)
+            hint = f"; the nearest known field is {near[0]!r}" if near else ""
+            raise ConfigError(f"{name}: unknown field {key!r} = {value!r}{hint}")
+    return taken
+
+
+UNET_FIXED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu",),
+    "addition_embed_type_num_heads": (64, None),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1, 1.0),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "resnet_out_scale_factor": (1, 1.0),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+    "upcast_attention": (False, None),
+}
+
+CONTROLNET_FIXED = {k: v for k, v in UNET_FIXED.items() if k not in ("conv_out_kernel",)} | {
+    "controlnet_conditioning_channel_order": ("rgb",),
+    "global_pool_conditions": (False,),
+}
+
+
+def read_unet(cls: type, published: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    published = dict(published)
+    heads = published.pop("num_attention_heads", None)
+    if heads is not None:
+        published["attention_head_dim"] = heads
+    layers = published.get("layers_per_block")
+    if isinstance(layers, list | tuple):
+        if len(set(layers)) != 1:
+            raise ConfigError(f"{cls.__name__}: layers_per_block={layers!r}: only equal numbers are supported")
+        published["layers_per_block"] = layers[0]
+    return read_fields(cls, published, fixed)
