@@ -263,7 +263,7 @@ class SchedulerConfig:
     set_alpha_to_one: bool = False
     rescale_betas_zero_snr: bool = False
     final_sigmas_type: str = "zero"
-    """DPM++ and UniPC: the noise level after the last step. "zero" is diffusers >= 0.27, "sigma_min" is 0.25."""
+    """Noise level after the last step (Euler, DPM++, UniPC). "zero" is diffusers >= 0.27; "sigma_min" is 0.25's DPM++ and UniPC."""
 
     def __post_init__(self) -> None:
         name = "SchedulerConfig"

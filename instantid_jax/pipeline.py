@@ -260,17 +260,16 @@ class InstantIDPipeline:
         size = images[0].shape[:2]
         sizes = np.repeat(request.time_ids(size), request.batch, axis=0)
         scale = self.ip_adapter_scale if request.ip_adapter_scale is None else request.ip_adapter_scale
-        windows = np.stack([control_window(request.num_inference_steps, a, b) for a, b in request.windows], axis=1)
-        strengths = windows * np.asarray(request.scales, np.float32)
-        steps = np.asarray(plan.steps)
+        # As in diffusers, windows are fractions of the model calls, of which Heun makes about two a step.
+        windows = np.stack([control_window(plan.num_calls, start, end) for start, end in request.windows], axis=1)
         return Conditions(
             text=spread(text.states),
             text_mask=None if text.mask is None else spread(text.mask),
             added=AddedConditions(spread(text.pooled), jnp.asarray(sizes)),
             identity_tokens=jnp.repeat(tokens, request.batch, axis=0),
             images=tuple(jnp.asarray(i)[None] for i in images),
-            control_scales=jnp.asarray(strengths[steps], jnp.float32),
-            adapter_scale=jnp.full((len(steps),), scale, jnp.float32),
+            control_scales=jnp.asarray(windows * np.asarray(request.scales, np.float32)),
+            adapter_scale=jnp.full((plan.num_calls,), scale, jnp.float32),
             control_mask=None if mask is None else jnp.asarray(mask)[None],
         )
 

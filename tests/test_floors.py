@@ -16,13 +16,13 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     (r"train|sample|convert_weights\.__main__", 6),
     (r"instantid_jax\.(training\.loop|evaluation\.suite|defaults)", 5),
-    (r"instantid_jax\.(pipeline|denoise|request|references)", 4),
+    (r"instantid_jax\.(pipeline|denoise|request|references|output)", 4),
     (r"instantid_jax\.(training|evaluation)(\..+)?|instantid_jax\.data\.(loader|portraits)", 4),
     (r"convert_weights(\..+)?", 4),
     (r"instantid_jax\.(models|parallel)(\..+)?|instantid_jax\.checkpoint", 3),
-    (r"instantid_jax\.(nn|face|text|data)(\..+)?|instantid_jax\.(output|progress)", 2),
+    (r"instantid_jax\.(nn|face|text|data)(\..+)?|instantid_jax\.progress", 2),
     (r"instantid_jax\.diffusion(\..+)?", 1),
-    (r"instantid_jax(\.(config|paths))?", 0),
+    (r"instantid_jax(\.(config|paths|published))?", 0),
 )
 
 # (modules, what they do not import). Submodules of what is named are meant too.

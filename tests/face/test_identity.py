@@ -86,7 +86,7 @@ def test_several_faces_are_an_error_that_names_the_largest():
 
 
 def test_two_faces_are_several():
-    with pytest.raises(FaceError, match="2 faces found; .* --face-index 1"):
+    with pytest.raises(FaceError, match=r"2 faces found; .* --face-index 1"):
         analyze_photo(always(a_face(0, 0, 10, 10), a_face(50, 0, 70, 20)), PHOTO)
 
 
