@@ -1,19 +1,16 @@
 """Makes pictures of a person from one photo and a prompt.
 
-python sample.py                                                     a small random model on a real photo
+python sample.py                                                     a small random model, a real photo
 python sample.py --weights DIR --face me.jpg --prompt "film noir"    the real thing, with converted weights
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
-
-os.environ.setdefault("USE_TORCH", "0")
 
 import tyro
 
@@ -42,7 +39,7 @@ class Settings:
     """What to avoid. Leaving it out is not the same as an empty text."""
     prompt_weighting: bool = False
     """Read (word:1.2), [word] and BREAK in prompts, and prompts of any length."""
-    num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
+    num_images: int = 1
     """How many pictures; picture i has seed + i."""
     seed: int = 0
     """Seed of the first picture."""
@@ -53,7 +50,7 @@ class Settings:
     guidance_scale: float = 5.0
     """Classifier-free guidance; 1 or less switches it off."""
     guidance_rescale: float = 0.0
-    """Rescaling of the guided prediction against over-saturation, 0 to 1."""
+    """Against over-saturation, 0 to 1."""
     identitynet_scale: float = 0.8
     """Strength of IdentityNet: keypoints and likeness."""
     ip_adapter_scale: float = 0.8
@@ -65,7 +62,7 @@ class Settings:
     height: int | None = None
     """Height in pixels, a multiple of 8; by default from the pose photo, its long side 1280 (128 with the random model)."""
     width: int | None = None
-    """Width in pixels, likewise."""
+    """Width, likewise."""
     face_index: int | None = None
     """Which face to take, counted from 0 from the left, when a photo shows several."""
     analyzer: str | None = None
@@ -74,13 +71,14 @@ class Settings:
     """Folder of the antelopev2 model files."""
     dtype: str = "float32"
     """float32, bfloat16 or float16."""
-    out: Path = field(default=Path("outputs"))
+    out: Path = Path("outputs")
     """Folder for the pictures and the contact sheet."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     settings = tyro.cli(Settings, args=arguments, description=__doc__)
+    warnings.showwarning = lambda message, *_: print(f"sample.py: {message}", file=sys.stderr)
     try:
         run(settings)
     except (ValueError, OSError) as error:
@@ -96,8 +94,8 @@ def run(s: Settings) -> None:
         pipe, faces, long_side = default_pipeline(), s.face or (default_photo(),), 128
     else:
         pipe, faces, long_side = InstantIDPipeline.from_pretrained(s.weights, dtype=s.dtype), s.face, 1280
-    if not faces:
-        raise ValueError("no --face given: name a photo of the person")
+        if not faces:
+            raise ValueError("no --face given: name a photo of the person")
     analyzer = load_analyzer(s.analyzer or pipe.config.face_analyzer, s.analyzer_root)
     identity = read_identity(faces, analyzer, s.face_index)
     keypoints = keypoint_picture(read_identity((s.pose,), analyzer, s.face_index) if s.pose else identity, s.width, s.height, long_side)
@@ -109,10 +107,10 @@ def run(s: Settings) -> None:
             guidance_rescale=s.guidance_rescale, controlnet_conditioning_scale=s.identitynet_scale, ip_adapter_scale=s.ip_adapter_scale,
             control_guidance_start=s.control_start, control_guidance_end=s.control_end, on_step=bar.on_step,
         ).images  # fmt: skip
-    made = time.perf_counter() - began - compiling.total
-    model = s.weights.name if s.weights else "random weights"
-    paths = save_run(s.out, images, keypoints, faces, asdict(s) | {"model": model, "version": f"instantid_jax {__version__}"})
-    print(f"compiled in {compiling.total:.1f} s, made {len(images)} picture(s) in {made:.1f} s")
+        seconds = time.perf_counter() - began
+    about = {"model": s.weights.name if s.weights else "random weights", "version": f"instantid_jax {__version__}"}
+    paths = save_run(s.out, images, keypoints, faces, asdict(s) | about)
+    print(f"compiled in {compiling.total:.1f} s, made {len(images)} picture(s) in {seconds - compiling.total:.1f} s")
     print("\n".join(map(str, paths)))
 
 

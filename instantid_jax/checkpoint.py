@@ -52,7 +52,7 @@ def save_weights(directory: str | Path, flat: Mapping[str, Any], dtype: str | No
         context.array.saving.storage_options.dtype = np.dtype(dtype)
     state = {path: x if isinstance(x, jax.Array) else np.asarray(x).view(_Borrowed) for path, x in flat.items()}
     with context, _without_advice():
-        ocp.save(directory, state)
+        ocp.save(str(directory), state)
 
 
 def load_weights(directory: str | Path, dtype: str | None = None, shardings: Mapping[str, jax.sharding.Sharding] | None = None) -> dict[str, Any]:
@@ -68,12 +68,12 @@ def load_weights(directory: str | Path, dtype: str | None = None, shardings: Map
     _check_files(directory)
     try:
         with _without_advice():
-            described = ocp.metadata(directory).metadata
+            described = ocp.metadata(str(directory)).metadata
             homeless = sorted(set(described) - set(shardings)) if shardings is not None else []
             if homeless:
                 raise WeightsError(f"{directory}: no sharding is given for {homeless[0]!r} and {len(homeless) - 1} others")
-            wanted = {path: _abstract(leaf, dtype, shardings and shardings[path]) for path, leaf in described.items()}
-            arrays = ocp.load(directory, wanted)
+            wanted = {path: _abstract(leaf, dtype, None if shardings is None else shardings[path]) for path, leaf in described.items()}
+            arrays = ocp.load(str(directory), wanted)
     except WeightsError:
         raise
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as problem:

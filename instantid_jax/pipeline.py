@@ -7,6 +7,7 @@ pictures and latents are NHWC, `latents` is unit-normal noise, and randomness co
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from instantid_jax.models import FROZEN, TRAINABLE, Network, build_networks
 from instantid_jax.models.encoder import AddedConditions
 from instantid_jax.models.identitynet import IdentityNet
 from instantid_jax.request import CHECKED, PipelineError, Request
-from instantid_jax.text import Tokenizer
+from instantid_jax.text import Tokenizer, TokenizerWarning
 from instantid_jax.text.weighting import apply_weights, encode_weighted, flatten_groups
 
 NETWORKS = (*FROZEN, *TRAINABLE)
@@ -125,6 +126,7 @@ class InstantIDPipeline:
         def both(first: list[str], second: list[str], skip: int) -> tuple[jax.Array, jax.Array]:
             states, pooled = [], None
             for tower, tokenizer, texts in zip(("text_encoder", "text_encoder_2"), self.tokenizers, (first, second), strict=True):
+                report_truncation(tokenizer, texts if tower == "text_encoder" or second != first else [])
                 out = programs.encode_text(self.networks[tower], self.parameters[tower], jnp.asarray(tokenizer.encode(texts)))
                 states.append(out.hidden[-(skip + 2)])
                 pooled = out.pooled
@@ -282,6 +284,15 @@ class InstantIDPipeline:
         if output_type == "np":
             return pictures
         return [Image.fromarray(np.round(p * 255).astype(np.uint8)) for p in pictures]
+
+
+def report_truncation(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """Warns (`TokenizerWarning`) of every text that is longer than the tokenizer's window, with the words that are left out."""
+    for text in texts:
+        cut = tokenizer.truncated(text)
+        if cut:
+            message = f"the prompt has more than {tokenizer.length} tokens; left out: {cut!r}. prompt_weighting=True reads prompts of any length"
+            warnings.warn(message, TokenizerWarning, stacklevel=4)
 
 
 def _load(directory: Path, network: Network, name: str, dtype: str, mesh: jax.sharding.Mesh | None) -> Any:

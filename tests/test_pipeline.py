@@ -12,6 +12,7 @@ from instantid_jax.defaults import default_pipeline
 from instantid_jax.diffusion import SAMPLERS
 from instantid_jax.face import draw_kps
 from instantid_jax.pipeline import InstantIDPipeline, PipelineError
+from instantid_jax.text import TokenizerWarning
 
 KPS = np.float32([[24, 24], [40, 24], [32, 34], [26, 44], [38, 44]])
 EMBEDDING = np.random.default_rng(0).standard_normal(128).astype(np.float32)
@@ -126,6 +127,11 @@ def test_text_beyond_the_window_reaches_the_picture_with_weighting(pipe: Instant
     long = "a person " * 60
     options = {"prompt_weighting": True, "output_type": "latent"}
     assert np.abs(make(pipe, prompt=long + "in green", **options) - make(pipe, prompt=long + "in blue", **options)).max() > 1e-5
+
+
+def test_words_beyond_the_window_are_named(pipe: InstantIDPipeline) -> None:
+    with pytest.warns(TokenizerWarning, match=r"more than 77 tokens; left out: 'and a red hat'"):
+        make(pipe, prompt="a " * 75 + "and a red hat")
 
 
 def test_steps_are_reported(pipe: InstantIDPipeline) -> None:
