@@ -67,6 +67,8 @@ def open_safetensors(path: Path) -> TensorFile:
 def _tensor(name: str, dtype: str, shape: tuple[int, ...], begin: int, file: MappedFile, start: int) -> Tensor:
     if dtype not in _DTYPES:
         raise _Refused(f"tensor {name!r} has type {dtype}, which is not supported")
+    if len(shape) > 32 or any(size >= 2**48 for size in shape):  # an empty tensor may claim this; no array can have it
+        raise _Refused(f"tensor {name!r} has the shape {str(shape)[:80]}, which no array can have")
     return Tensor(name, file, _DTYPES[dtype], shape, start + begin)
 
 

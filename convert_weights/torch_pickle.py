@@ -160,6 +160,8 @@ class _Machine:
 
     def run(self) -> Any:
         """The object that the program makes."""
+        if self.program[:2] != b"\x80\x02":
+            raise _Refused("the pickle is not of protocol 2, which torch writes")
         while True:
             code = self._read(1)
             if code == b".":
@@ -256,9 +258,9 @@ class _Machine:
         target.extend(items)
 
     def _protocol(self) -> None:
-        version = self._number("<B")
-        if version != 2 or self.at != 2:
-            raise _Refused(f"pickle protocol {version} is not the protocol 2 that torch writes")
+        self._number("<B")
+        if self.at != 2:
+            raise _Refused("the pickle instruction PROTO is not at its start")
 
     def _global(self) -> None:
         name = f"{self._line()} {self._line()}"
@@ -315,7 +317,9 @@ def _view(storage: _Storage, offset: int, shape: tuple[Any, ...], strides: tuple
 
 def _flatten(content: Any) -> Iterator[tuple[str, _View]]:
     """Tensors by their dotted names. Anything else but plain numbers and texts, as training tools add, is refused."""
-    pending = [("", content, 0)]
+    if type(content) is not dict:
+        raise _Refused("the file is not a dict of tensors")
+    pending: list[tuple[str, Any, int]] = [("", content, 0)]
     count = 0
     while pending:
         name, value, depth = pending.pop()
@@ -326,8 +330,8 @@ def _flatten(content: Any) -> Iterator[tuple[str, _View]]:
             yield name, value
         elif type(value) is dict:
             pending += [(f"{name}.{key}" if name else str(key), inner, depth + 1) for key, inner in reversed(value.items())]
-        elif not (value is None or isinstance(value, str | int | float)) or not depth:
-            raise _Refused(f"{name or 'the file'} is not a tensor or a dict of tensors")
+        elif not (value is None or isinstance(value, str | int | float)):
+            raise _Refused(f"{name!r} is not a tensor or a dict of tensors")
 
 
 def _check_storages(views: dict[str, _View], entries: dict[str, Entry]) -> None:

@@ -136,6 +136,10 @@ def test_accepted_by_both(case: str, tmp_path: Path) -> None:
     assert theirs(GOOD[case])
     assert ours(GOOD[case])
     (tmp_path / "x.safetensors").write_bytes(GOOD[case])
+    if case == "a huge shape of nothing":  # sound by the format's rules, but no array can have it
+        with pytest.raises(SourceError, match="which no array can have"):
+            open_safetensors(tmp_path / "x.safetensors")
+        return
     found = {name: t.array() for name, t in open_safetensors(tmp_path / "x.safetensors").tensors.items()}
     for name, value in deserialize(GOOD[case]):
         assert found[name].tobytes() == bytes(value["data"])
