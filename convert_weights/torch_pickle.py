@@ -112,7 +112,7 @@ def _kind(file: MappedFile, head: bytes) -> str:
         return f"this is a bare pickle or torch's format before 1.6, which is not read; {again}"
     if file.size > 262 and file.bytes(257, 5) == b"ustar":
         return f"this is a tar file, torch's oldest format, which is not read; {again}"
-    if head.lstrip()[:1] == b"<" or head.startswith(b"version https://git-lfs"):
+    if head.lstrip()[:1] == b"<" or head.startswith(b"version https://"):
         return "this is a web page or a Git LFS pointer instead of weights; download the file again"
     return "this is neither a safetensors file nor a torch file"
 

@@ -100,10 +100,12 @@ def _check_files(directory: Path) -> None:
         try:
             content = json.loads(described.read_bytes())
             needed = math.prod(content["shape"]) * np.dtype(content["data_type"]).itemsize
-        except (ValueError, KeyError, TypeError) as problem:
+            indexed = content["codecs"][0]["name"] == "sharding_indexed"
+        except (ValueError, LookupError, TypeError) as problem:
             raise WeightsError(f"{described} is damaged; convert or copy the weights again") from problem
         chunks = described.parent / "c"
         files = [chunks] if chunks.is_file() else [f for f in chunks.rglob("*") if f.is_file()]
+        needed += 20 * len(files) * indexed  # position, length and checksum of the chunk, at the end of every file
         found = sum(f.stat().st_size for f in files)
         if found < needed:
             raise WeightsError(f"{described.parent} holds {found} of {needed} bytes; convert or copy the weights again")

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from convert_weights.__main__ import main
 from convert_weights.source import SourceError
 from convert_weights.torch_pickle import open_torch
 
@@ -316,6 +317,7 @@ WATCHER = """
 import json, os, pickle, resource, sys
 from pathlib import Path
 from convert_weights.readers import open_tensors
+from convert_weights.__main__ import main
 from convert_weights.source import SourceError
 
 folder = Path(sys.argv[1])
@@ -378,6 +380,20 @@ def test_nothing_runs_and_everything_is_refused(tmp_path: Path) -> None:
     assert "format before 1.6" in verdicts["legacy torch"]
     assert "tar file" in verdicts["tar"]
     assert "Git LFS" in verdicts["git lfs"] and "web page" in verdicts["web page"]
+
+
+def test_import_of_a_hostile_adapter_is_refused(golden_snapshot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "instantid"
+    source.mkdir()
+    (source / "ControlNetModel").symlink_to(golden_snapshot / "instantid/ControlNetModel")
+    mark = tmp_path / "pwned"
+    (source / "ip-adapter.bin").write_bytes(archive(pickle.dumps({"image_proj": Runs(os.system, f"touch {mark}")}, protocol=2)))
+    command = ["import", "--base", str(golden_snapshot / "base"), "--instantid", str(source), "--out", str(tmp_path / "out")]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "refused, nothing was run: the pickle asks for 'posix.system', which a dictionary of tensors does not need" in error
+    assert error.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["instantid"]
 
 
 def test_every_pickle_opcode_is_allowed_or_named() -> None:
