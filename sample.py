@@ -105,7 +105,7 @@ def run(s: Settings) -> None:
             s.prompt, keypoints, identity.embedding, negative_prompt=s.negative_prompt, prompt_weighting=s.prompt_weighting,
             num_images_per_prompt=s.num_images, seed=s.seed, num_inference_steps=s.steps, sampler=s.sampler, guidance_scale=s.guidance_scale,
             guidance_rescale=s.guidance_rescale, controlnet_conditioning_scale=s.identitynet_scale, ip_adapter_scale=s.ip_adapter_scale,
-            control_guidance_start=s.control_start, control_guidance_end=s.control_end, on_step=bar.on_step,
+            control_guidance_start=s.control_start, control_guidance_end=s.control_end, height=s.height, width=s.width, on_step=bar.on_step,
         ).images  # fmt: skip
         seconds = time.perf_counter() - began
     about = {"model": s.weights.name if s.weights else "random weights", "version": f"instantid_jax {__version__}"}

@@ -5,7 +5,7 @@
 
 Weights are random but the same on both sides: each is a function of its own path. PyTorch and JAX run in separate
 processes one after the other, each filling its parameters tensor by tensor, so that only one copy of one network is ever
-in memory: about 11 GB for the UNet. Prints errors, seconds and peak memory; the exit status is 1 where the largest
+in memory: at most 13 GB for the UNet. Prints errors, seconds and peak memory; the exit status is 1 where the largest
 relative error of any output exceeds 1e-4.
 """
 

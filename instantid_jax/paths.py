@@ -22,6 +22,7 @@ __all__ = [
     "partition",
     "select",
     "stack_layers",
+    "stacked_layer",
     "stacked_path",
     "unflatten",
     "unstack_layers",
@@ -95,6 +96,7 @@ def partition(tree: Mapping[str, Any], patterns: Iterable[str]) -> tuple[Tree, T
 # Lists of equal layers live in memory as one layer whose arrays have a leading depth axis, so that `jax.lax.scan` traces
 # and compiles the layer once. On disk every layer keeps its own name.
 STACKED = ("transformer_blocks", "layers")
+_STACK = re.compile(r"(^|/)(" + "|".join(STACKED) + r")/")
 _LAYER = re.compile(r"(^|/)(" + "|".join(STACKED) + r")/(\d+)/")
 
 
@@ -104,6 +106,11 @@ def stacked_path(path: str) -> tuple[str, int | None]:
     if found is None:
         return path, None
     return f"{path[: found.start(3)]}{path[found.end(3) + 1 :]}", int(found.group(3))
+
+
+def stacked_layer(path: str) -> bool:
+    """Whether an in-memory path lies inside a stack of layers, so that its arrays have a leading depth axis."""
+    return _STACK.search(path) is not None
 
 
 def stack_layers(flat: Mapping[str, Any], stack: Callable[[Sequence[Any]], Any]) -> dict[str, Any]:
@@ -130,10 +137,9 @@ def stack_layers(flat: Mapping[str, Any], stack: Callable[[Sequence[Any]], Any])
 
 def unstack_layers(flat: Mapping[str, Any], row: Callable[[Any, int], Any] | None = None) -> dict[str, Any]:
     """The inverse of `stack_layers`; ``row(leaf, i)`` takes layer i out of a stacked leaf (default ``leaf[i]``)."""
-    pattern = re.compile(r"(^|/)(" + "|".join(STACKED) + r")/")
     out: dict[str, Any] = {}
     for path, leaf in flat.items():
-        found = pattern.search(path)
+        found = _STACK.search(path)
         if found is None:
             out[path] = leaf
             continue

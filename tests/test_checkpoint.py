@@ -79,7 +79,9 @@ def test_a_folder_without_weights(directory: str, tmp_path: Path) -> None:
         load_weights(tmp_path / directory)
 
 
-@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "state/_METADATA", "state/conv_in/kernel/zarr.json", "state/conv_in/kernel/c/0/0/0/0", "state/scalar/c"])
+@pytest.mark.parametrize(
+    "name", ["_CHECKPOINT_METADATA", "state/_METADATA", "state/conv_in/kernel/zarr.json", "state/conv_in/kernel/c/0/0/0/0", "state/scalar/c"]
+)
 def test_a_missing_file_is_an_error(name: str, saved: Path) -> None:
     (saved / name).unlink()
     with pytest.raises(WeightsError, match=r"\bw\b"):
@@ -87,7 +89,9 @@ def test_a_missing_file_is_an_error(name: str, saved: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
-@pytest.mark.parametrize("name", ["state/_METADATA", "state/conv_in/kernel/zarr.json", "state/conv_in/kernel/c/0/0/0/0", "state/layers/0/norm/scale/c/0"])
+@pytest.mark.parametrize(
+    "name", ["state/_METADATA", "state/conv_in/kernel/zarr.json", "state/conv_in/kernel/c/0/0/0/0", "state/layers/0/norm/scale/c/0"]
+)
 def test_a_file_that_is_cut_off_is_an_error(name: str, share: float, saved: Path) -> None:
     data = (saved / name).read_bytes()
     (saved / name).write_bytes(data[: int(len(data) * share)])

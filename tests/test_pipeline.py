@@ -21,13 +21,7 @@ FAST = {"num_inference_steps": 3, "height": 64, "width": 64}
 
 @pytest.fixture(scope="module")
 def pipe() -> InstantIDPipeline:
-    pipeline = default_pipeline()
-    # Zero convolutions would hide IdentityNet; give them weights.
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    net = pipeline.parameters["identitynet"]
-    for name in [n for n in net if n.startswith("controlnet")]:
-        net[name] = jax.tree.map(lambda x: 0.1 * jax.random.normal(next(keys), x.shape), net[name])
-    return pipeline
+    return default_pipeline()
 
 
 def make(pipe: InstantIDPipeline, **changes: Any) -> Any:

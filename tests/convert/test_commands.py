@@ -134,6 +134,8 @@ def test_as_a_program_without_torch(golden_snapshot: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0, done.stderr
-    shown = subprocess.run([sys.executable, "-m", "convert_weights", "--help"], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    shown = subprocess.run(
+        [sys.executable, "-m", "convert_weights", "--help"], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False
+    )
     assert shown.returncode == 0
     assert all(name in shown.stdout for name in ("import", "export", "inspect", "diff", "verify"))

@@ -176,7 +176,12 @@ def test_both_writers_are_read_by_the_reference_libraries(dtype: type, tmp_path:
     from safetensors.torch import load_file as load_torch
 
     rng = np.random.default_rng(0)
-    arrays = {"m": rng.standard_normal((3, 4)).astype(dtype), "v": rng.standard_normal(5).astype(dtype), "s": np.ones((), dtype), "e": np.zeros((0, 2), dtype)}
+    arrays = {
+        "m": rng.standard_normal((3, 4)).astype(dtype),
+        "v": rng.standard_normal(5).astype(dtype),
+        "s": np.ones((), dtype),
+        "e": np.zeros((0, 2), dtype),
+    }
     entries = {name: (x.dtype, x.shape) for name, x in arrays.items()}
     write_safetensors(tmp_path / "x.safetensors", entries, arrays.__getitem__, {"format": "pt"})
     write_torch(tmp_path / "x.bin", {"part": entries}, lambda _, name: arrays[name])

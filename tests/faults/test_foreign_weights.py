@@ -95,7 +95,10 @@ def test_values_that_no_training_gives(tensor: str, value: np.ndarray, message: 
         ({"ip_adapter__23__to_k_ip__weight": None}, r"missing \(1\): 23.to_k_ip.weight"),
         ({"ip_adapter__24__to_k_ip__weight": np.zeros((64, 80), np.float32)}, r"unused \(1\): 24.to_k_ip.weight"),
         ({"extra": np.zeros(1, np.float32)}, r"unused \(1\): extra; an adapter has image_proj and ip_adapter alone"),
-        ({"image_proj__latents": np.zeros((1, 15, 1280), np.float32)}, "15 identity tokens where InstantID has 16; if that is meant, give --tokens 15"),
+        (
+            {"image_proj__latents": np.zeros((1, 15, 1280), np.float32)},
+            "15 identity tokens where InstantID has 16; if that is meant, give --tokens 15",
+        ),
         ({"image_proj__proj_in__weight": None}, "the resampler's 'proj_in.weight' is missing or mis-shaped"),
         ({"image_proj__layers__0__0__to_q__weight": np.zeros((1290, 1280), np.float32)}, "1290 wide, which is not a number of heads of 64"),
     ],

@@ -133,7 +133,15 @@ OPCODES = {
     "a dict called": b"})R",
     "OrderedDict with arguments": name("collections", "OrderedDict") + b"]\x85R",
     "a tensor of no storage": name("torch._utils", "_rebuild_tensor_v2") + b"(N" + integer(0) + b"))\x89}tR",
-    "a tensor with metadata": name("torch._utils", "_rebuild_tensor_v2") + b"(" + storage() + integer(0) + numbers(6) + numbers(1) + b"\x89}" + text("x") + b"tR",
+    "a tensor with metadata": name("torch._utils", "_rebuild_tensor_v2")
+    + b"("
+    + storage()
+    + integer(0)
+    + numbers(6)
+    + numbers(1)
+    + b"\x89}"
+    + text("x")
+    + b"tR",
     "a parameter of a dict": name("torch._utils", "_rebuild_parameter") + b"(}\x88}tR",
     "a text of two gigabytes": b"X" + struct.pack("<I", 2**31) + b"x",
     "BINUNICODE8": b"\x8d" + struct.pack("<Q", 2**62),

@@ -20,7 +20,14 @@ SDXL = sdxl()
 
 
 def shared(config: IdentityNetConfig | object) -> dict[str, object]:
-    names = ("block_out_channels", "down_block_types", "layers_per_block", "transformer_layers_per_block", "attention_head_dim", "cross_attention_dim")
+    names = (
+        "block_out_channels",
+        "down_block_types",
+        "layers_per_block",
+        "transformer_layers_per_block",
+        "attention_head_dim",
+        "cross_attention_dim",
+    )
     more = ("use_linear_projection", "addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim", "norm_num_groups")
     return {name: getattr(config, name) for name in names + more}
 

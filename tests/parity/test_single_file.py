@@ -89,9 +89,7 @@ def test_diffusers_reads_our_names_of_the_vae(checkpoint: Path, golden_snapshot:
     equal(network.state_dict(), originals["vae"])
 
 
-def test_diffusers_reads_our_names_of_the_text_towers(
-    parts: dict[str, Arrays], golden_snapshot: Path, originals: dict[str, Arrays]
-) -> None:
+def test_diffusers_reads_our_names_of_the_text_towers(parts: dict[str, Arrays], golden_snapshot: Path, originals: dict[str, Arrays]) -> None:
     whole = {key: torch.from_numpy(x) for part in parts.values() for key, x in part.items()}
     first = convert_ldm_clip_checkpoint(dict(whole))
     equal({diffusers.CLIP.spelling(key): x for key, x in first.items()}, originals["text_encoder"])
