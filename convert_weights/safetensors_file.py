@@ -104,9 +104,9 @@ def _entry(name: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
         raise _Refused(f"tensor {name!r} has the shape {str(shape)[:80]}, which is not a list of sizes")
     if not _sizes(offsets) or len(offsets) != 2:
         raise _Refused(f"tensor {name!r} has data_offsets {str(offsets)[:80]}, which are not two positions in the file")
-    bits = _BITS[dtype]
-    for size in shape:
-        bits = bits * size
+    bits = 1
+    for factor in (*shape, _BITS[dtype]):
+        bits *= factor
         if bits > _MAX_INTEGER:
             raise _Refused(f"tensor {name!r} has the shape {str(shape)[:80]}, which is more than fits in any memory")
     if bits % 8:

@@ -104,6 +104,7 @@ GOOD = {
     "two tensors": file_of(entry()),
     "nothing": file_of(b"{}", b""),
     "spaces behind": file_of(header(entry()) + b"   "),
+    "a huge size before a zero": file_of({"a": {"dtype": "C64", "shape": [2**63, 0], "data_offsets": [0, 0]}}, b""),
     "spaces before": file_of(b"  " + header(entry())),
     "metadata": file_of({"__metadata__": {"format": "pt"}, **entry()}),
     "no metadata": file_of({"__metadata__": None, **entry()}),
@@ -136,7 +137,7 @@ def test_accepted_by_both(case: str, tmp_path: Path) -> None:
     assert theirs(GOOD[case])
     assert ours(GOOD[case])
     (tmp_path / "x.safetensors").write_bytes(GOOD[case])
-    if case == "a huge shape of nothing":  # sound by the format's rules, but no array can have it
+    if case.startswith("a huge"):  # sound by the format's rules, but no array can have it
         with pytest.raises(SourceError, match="which no array can have"):
             open_safetensors(tmp_path / "x.safetensors")
         return
@@ -193,9 +194,7 @@ def same_verdicts(count: int, seed: int) -> None:
         verdict = ours(content)
         accepted += verdict
         if verdict != theirs(content):
-            text = content[8:].decode(errors="replace")
-            stricter = not verdict and (_twice(content) or '": ["' in text or "[" in text.split(":")[0])
-            assert stricter, (verdict, content)
+            assert not verdict and _twice(content), (verdict, content)
     assert count / 20 < accepted < count / 2
 
 

@@ -322,7 +322,7 @@ def lies(good: bytes) -> dict[str, bytes]:
 
 
 WATCHER = """
-import json, os, pickle, resource, sys
+import json, os, pickle, sys
 from pathlib import Path
 from convert_weights.readers import open_tensors
 from convert_weights.__main__ import main
@@ -354,8 +354,9 @@ refused = list(seen)
 watching = True
 pickle.loads(b"cos\\ngetpid\\n.")  # what the watcher would see of a file that is run
 watching = False
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"verdicts": verdicts, "seen": refused, "control": seen, "peak": peak, "modules": [m for m in ("antigravity", "torch") if m in sys.modules]}))
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))  # KiB, since exec
+modules = [m for m in ("antigravity", "torch") if m in sys.modules]
+print(json.dumps({"verdicts": verdicts, "seen": refused, "control": seen, "peak": peak, "modules": modules}))
 """
 
 
