@@ -105,7 +105,7 @@ def open_component(folder: Path, variant: str | None = None) -> TensorFile:
     choice = variant if variant or len(found) != 1 else next(iter(found))
     if choice not in found:
         there = ", ".join(sorted(str(tag or "plain") for tag in found)) or "none"
-        wanted = f"the variant {variant!r}" if variant else "plain weights"
+        wanted = f"weights of the variant {variant!r}" if variant else "plain weights"
         raise SourceError(f"{folder} has no {wanted}; variants that are there: {there} (choose one with --variant)")
     path = found[choice]
     return _open_shards(path) if path.suffix == ".json" else open_tensors(path)

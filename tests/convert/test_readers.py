@@ -61,7 +61,7 @@ def test_several_variants_are_not_guessed(tmp_path: Path) -> None:
         save_file(WHOLE, tmp_path / f"diffusion_pytorch_model.{variant}.safetensors")
     with pytest.raises(SourceError, match="no plain weights; variants that are there: fp16, non_ema"):
         open_component(tmp_path)
-    with pytest.raises(SourceError, match="no the variant 'bf16'"):
+    with pytest.raises(SourceError, match="no weights of the variant 'bf16'"):
         open_component(tmp_path, "bf16")
 
 
