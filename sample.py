@@ -1,7 +1,8 @@
 """Makes pictures of a person from one photo and a prompt.
 
-python sample.py                                                     a small random model, a real photo
-python sample.py --weights DIR --face me.jpg --prompt "film noir"    the real thing, with converted weights
+With no arguments: a small random model on a real photo.
+
+With converted weights: python sample.py --weights DIR --face me.jpg --prompt "film noir"
 """
 
 from __future__ import annotations
