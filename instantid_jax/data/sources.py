@@ -1,0 +1,186 @@
+"""Where records come from: a list in memory, or the ArrayRecord files of a TFDS data set, read at random and without TensorFlow.
+
+Beside its records a source has an index: a few numbers a record (`SourceIndex`), from which buckets, groups of photos of one
+person and totals follow without reading the records. Of a data set on disk it is kept in ``index/`` as memory-mapped arrays, so
+that sixty million rows cost a start no memory and no time.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from instantid_jax.data.record import DataError, Record, parse_example
+
+__all__ = ["DatasetSource", "MemorySource", "RecordSource", "SameIdentity", "SourceIndex", "build_index", "identity_label", "open_source"]
+
+_CHUNK = 65_536
+
+
+@dataclass(frozen=True, eq=False)
+class SourceIndex:
+    """What a loader must know of every record before it reads any; row i belongs to record i."""
+
+    size: np.ndarray
+    """[n, 2] int32: (height, width) of the upright photo."""
+    view: np.ndarray
+    """[n, 2] int32: (height, width) of the view whose latents are cached; zeros where none are."""
+    identity: np.ndarray
+    """[n] int64: a hash of the identity label, 0 where it is unknown."""
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+    def save(self, folder: Path) -> None:
+        """Writes one ``.npy`` file a field; complete files appear at once."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for f in fields(self):
+            temporary = folder / f".{f.name}.{os.getpid()}.npy"
+            np.save(temporary, getattr(self, f.name), allow_pickle=False)
+            temporary.replace(folder / f"{f.name}.npy")
+
+    @classmethod
+    def load(cls, folder: Path) -> SourceIndex | None:
+        """The index as memory-mapped arrays, or None where the folder does not hold one."""
+        paths = [folder / f"{f.name}.npy" for f in fields(cls)]
+        if not all(path.is_file() for path in paths):
+            return None
+        return cls(*(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths))
+
+
+@runtime_checkable
+class RecordSource(Protocol):
+    """Records at random access; reading is safe from several threads."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Record: ...
+
+    @property
+    def index(self) -> SourceIndex:
+        """A few numbers for every record."""
+        ...
+
+
+def identity_label(identity: str) -> int:
+    """The label of a person in a `SourceIndex`: 64 bits of the name, 0 for none."""
+    if not identity:
+        return 0
+    data = identity.encode("utf-8")
+    return (zlib.crc32(data) | zlib.crc32(data[::-1] + b"\x00") << 32) - (1 << 63) or 1
+
+
+def index_row(record: Record) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """A record's row of each field of `SourceIndex`."""
+    view = (0, 0) if record.latents is None else (record.latents.view.h, record.latents.view.w)
+    return record.size, view, identity_label(record.identity)
+
+
+def build_index(records: Any, count: int) -> SourceIndex:
+    """The index of an iterable of `count` records, which are read one after the other and not kept. Raises `DataError` for another number."""
+    index = SourceIndex(np.zeros((count, 2), np.int32), np.zeros((count, 2), np.int32), np.zeros(count, np.int64))
+    n = 0
+    for n, record in enumerate(records, 1):
+        if n <= count:
+            index.size[n - 1], index.view[n - 1], index.identity[n - 1] = index_row(record)
+    if n != count:
+        raise DataError(f"the index expects {count} records, but there are {n}")
+    return index
+
+
+class MemorySource:
+    """Records out of a list."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._records = list(records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int, /) -> Record:
+        return self._records[index]
+
+    @functools.cached_property
+    def index(self) -> SourceIndex:
+        """See `RecordSource.index`."""
+        return build_index(self._records, len(self._records))
+
+
+class DatasetSource:
+    """One split of a TFDS data set in ArrayRecord form.
+
+    `directory` is the folder that holds ``dataset_info.json``. Raises `DataError` where it does not, or has no such split.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], split: str = "train") -> None:
+        self.directory, self.split = Path(directory), split
+        if not (self.directory / "dataset_info.json").is_file():
+            raise DataError(f"{self.directory}: holds no dataset_info.json; name the folder that `instantid_jax.data.prepare` wrote")
+        import tensorflow_datasets as tfds
+
+        builder: Any = tfds.builder_from_directory(self.directory)
+        if split not in builder.info.splits:
+            raise DataError(f"{self.directory}: has no split {split!r}, only {', '.join(sorted(builder.info.splits)) or 'none'}")
+        # Examples stay bytes here: parsing only what a record needs is five times as fast as decoding every feature.
+        self._rows = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int, /) -> Record:
+        return parse_example(self._rows[index], f"{self.directory} {self.split}[{index}]")
+
+    @property
+    def index_folder(self) -> Path:
+        """Where the index of this split is kept."""
+        return self.directory / "index" / self.split
+
+    @functools.cached_property
+    def index(self) -> SourceIndex:
+        """See `RecordSource.index`. Built by reading all records once, and kept beside the files, where it is not there yet."""
+        index = SourceIndex.load(self.index_folder)
+        if index is None:
+            index = build_index((self[i] for i in range(len(self))), len(self))
+            index.save(self.index_folder)
+        if len(index) != len(self):
+            raise DataError(f"{self.index_folder}: the index has {len(index)} rows for {len(self)} records; delete the folder, it is built again")
+        return index
+
+
+def open_source(path: str | os.PathLike[str], split: str = "train") -> DatasetSource:
+    """The data set in a folder, or in the only data set's folder below it. Raises `DataError`."""
+    folder = Path(path)
+    if not (folder / "dataset_info.json").is_file():
+        below = sorted(file.parent for file in folder.glob("**/dataset_info.json"))
+        if len(below) != 1:
+            found = f"{len(below)} data sets ({', '.join(map(str, below[:4]))})" if below else "no dataset_info.json"
+            raise DataError(f"{folder}: holds {found}; name the folder of one data set that `instantid_jax.data.prepare` wrote")
+        folder = below[0]
+    return DatasetSource(folder, split)
+
+
+class SameIdentity:
+    """Finds other records of the same person by their labels; 8 to 16 bytes a record."""
+
+    def __init__(self, identity: np.ndarray) -> None:
+        self._order = np.argsort(identity, kind="stable")
+        self._labels = np.asarray(identity)[self._order]
+        self._identity = identity
+
+    def others(self, index: int) -> int:
+        """How many other records show the person of record `index`; 0 where the label is unknown."""
+        label = self._identity[index]
+        return 0 if label == 0 else int(np.searchsorted(self._labels, label, "right") - np.searchsorted(self._labels, label, "left")) - 1
+
+    def other(self, index: int, rank: int) -> int:
+        """Index of number `rank` of these others, by rising index."""
+        first = int(np.searchsorted(self._labels, self._identity[index], "left"))
+        candidate = int(self._order[first + rank])
+        return candidate if candidate < index else int(self._order[first + rank + 1])
