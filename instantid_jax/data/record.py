@@ -147,7 +147,7 @@ def encode_array(array: np.ndarray) -> bytes:
     if array.dtype.hasobject:
         raise DataError("an array of Python objects cannot be stored")
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    np.lib.format.write_array(buffer, np.asarray(array, order="C"), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
 
 

@@ -7,7 +7,6 @@ that sixty million rows cost a start no memory and no time.
 
 from __future__ import annotations
 
-import functools
 import os
 import zlib
 from collections.abc import Sequence
@@ -19,9 +18,18 @@ import numpy as np
 
 from instantid_jax.data.record import DataError, Record, parse_example
 
-__all__ = ["DatasetSource", "MemorySource", "RecordSource", "SameIdentity", "SourceIndex", "build_index", "identity_label", "open_source"]
-
-_CHUNK = 65_536
+__all__ = [
+    "DatasetSource",
+    "JoinedSource",
+    "MemorySource",
+    "RecordSource",
+    "SameIdentity",
+    "SourceIndex",
+    "build_index",
+    "find_dataset",
+    "identity_label",
+    "open_source",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +108,7 @@ class MemorySource:
 
     def __init__(self, records: Sequence[Record]) -> None:
         self._records = list(records)
+        self._index: SourceIndex | None = None
 
     def __len__(self) -> int:
         return len(self._records)
@@ -107,10 +116,12 @@ class MemorySource:
     def __getitem__(self, index: int, /) -> Record:
         return self._records[index]
 
-    @functools.cached_property
+    @property
     def index(self) -> SourceIndex:
         """See `RecordSource.index`."""
-        return build_index(self._records, len(self._records))
+        if self._index is None:
+            self._index = build_index(self._records, len(self._records))
+        return self._index
 
 
 class DatasetSource:
@@ -129,6 +140,7 @@ class DatasetSource:
         if split not in builder.info.splits:
             raise DataError(f"{self.directory}: has no split {split!r}, only {', '.join(sorted(builder.info.splits)) or 'none'}")
         # Examples stay bytes here: parsing only what a record needs is five times as fast as decoding every feature.
+        self._index: SourceIndex | None = None
         self._rows = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
 
     def __len__(self) -> int:
@@ -142,28 +154,66 @@ class DatasetSource:
         """Where the index of this split is kept."""
         return self.directory / "index" / self.split
 
-    @functools.cached_property
+    @property
     def index(self) -> SourceIndex:
         """See `RecordSource.index`. Built by reading all records once, and kept beside the files, where it is not there yet."""
+        if self._index is not None:
+            return self._index
         index = SourceIndex.load(self.index_folder)
         if index is None:
             index = build_index((self[i] for i in range(len(self))), len(self))
             index.save(self.index_folder)
         if len(index) != len(self):
             raise DataError(f"{self.index_folder}: the index has {len(index)} rows for {len(self)} records; delete the folder, it is built again")
+        self._index = index
         return index
 
 
-def open_source(path: str | os.PathLike[str], split: str = "train") -> DatasetSource:
-    """The data set in a folder, or in the only data set's folder below it. Raises `DataError`."""
+class JoinedSource:
+    """Several sources one after the other, such as the parts of a data set that were prepared on different machines."""
+
+    def __init__(self, sources: Sequence[RecordSource]) -> None:
+        self._sources = list(sources)
+        self._ends = np.cumsum([len(source) for source in self._sources])
+        self._index: SourceIndex | None = None
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int, /) -> Record:
+        number = int(np.searchsorted(self._ends, index, "right"))
+        if index < 0 or number == len(self._sources):
+            raise IndexError(f"row {index} is not among {len(self)}")
+        return self._sources[number][index - (int(self._ends[number - 1]) if number else 0)]
+
+    @property
+    def index(self) -> SourceIndex:
+        """See `RecordSource.index`."""
+        if self._index is None:
+            parts = [source.index for source in self._sources]
+            self._index = SourceIndex(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(SourceIndex)))
+        return self._index
+
+
+def open_source(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], split: str = "train") -> RecordSource:
+    """The data set in a folder, or in the only data set's folder below it; several folders are joined in the order given. Raises `DataError`."""
+    if isinstance(path, (str, os.PathLike)):
+        return DatasetSource(find_dataset(path), split)
+    if not path:
+        raise DataError("no data set is named")
+    return JoinedSource([DatasetSource(find_dataset(one), split) for one in path])
+
+
+def find_dataset(path: str | os.PathLike[str]) -> Path:
+    """The folder with a data set's ``dataset_info.json``, at `path` or as the only one below it. Raises `DataError`."""
     folder = Path(path)
-    if not (folder / "dataset_info.json").is_file():
-        below = sorted(file.parent for file in folder.glob("**/dataset_info.json"))
-        if len(below) != 1:
-            found = f"{len(below)} data sets ({', '.join(map(str, below[:4]))})" if below else "no dataset_info.json"
-            raise DataError(f"{folder}: holds {found}; name the folder of one data set that `instantid_jax.data.prepare` wrote")
-        folder = below[0]
-    return DatasetSource(folder, split)
+    if (folder / "dataset_info.json").is_file():
+        return folder
+    below = sorted(file.parent for file in folder.glob("**/dataset_info.json"))
+    if len(below) != 1:
+        found = f"{len(below)} data sets ({', '.join(map(str, below[:4]))})" if below else "no dataset_info.json"
+        raise DataError(f"{folder}: holds {found}; name the folder of one data set that `instantid_jax.data.prepare` wrote")
+    return below[0]
 
 
 class SameIdentity:

@@ -1,0 +1,141 @@
+"""The `tensorflow-datasets` builder: records into ArrayRecord files, on one machine or on Apache Beam, without TensorFlow.
+
+TFDS orders the rows by a hash of their keys, so both ways give the same rows in the same order.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+from instantid_jax.data.record import DataError, Record, to_example
+
+__all__ = ["BeamRecordBuilder", "Job", "RecordBuilder", "example_of", "features", "write_dataset"]
+
+NAME = "instantid_records"
+
+
+class Job(Protocol):
+    """What fills a data set."""
+
+    def records(self) -> Mapping[str, Iterable[Record]]:
+        """The records of each split, consumed one split after the other."""
+        ...
+
+    def beam_records(self, pipeline: Any, /) -> Mapping[str, Any]:
+        """For Beam: a PCollection of records for each split."""
+        ...
+
+
+def features() -> tfds.features.FeaturesDict:
+    """The form of a record on disk; `record.to_example` gives the values."""
+    strings = ("key", "embedder", "caption", "caption_identity", "identity", "labels", "split", "source", "licence")
+    arrays = ("landmarks", "latent_mean", "latent_logvar", "text_states", "text_pooled")  # .npy bytes, empty where absent
+    tensor = tfds.features.Tensor
+    return tfds.features.FeaturesDict(
+        {
+            **{name: tfds.features.Text() for name in (*strings, *arrays, "latent_encoder", "text_encoder")},
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format=None),
+            "size": tensor(shape=(2,), dtype=np.int32),
+            "keypoints": tensor(shape=(5, 2), dtype=np.float32),
+            "face_box": tensor(shape=(4,), dtype=np.float32),
+            "embeddings": tensor(shape=(None,), dtype=np.float32),
+            "embedding_dim": tfds.features.Scalar(dtype=np.int32),
+            "embedding_scale": tfds.features.Scalar(dtype=np.float32),
+            "det_score": tfds.features.Scalar(dtype=np.float32),
+            "latent_view": tensor(shape=(6,), dtype=np.int32),
+        }
+    )
+
+
+def example_of(record: Record) -> tuple[str, dict[str, Any]]:
+    """(key, example) as TFDS takes it; the picture as a file of encoded bytes, since TFDS would need TensorFlow for an array."""
+    example = to_example(record)
+    return record.key, {**example, "image": io.BytesIO(example["image"]), "embeddings": example["embeddings"].reshape(-1)}
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """What both builders share."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = epath.Path(__file__).parent
+
+    def __init__(self, job: Job, data_dir: str) -> None:
+        self._job = job
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> Any:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=features(),
+            description="Photos of one person each, with caption, face embedding and keypoints.",
+            license="by record",
+        )
+
+    def _log_download_bytes(self) -> None:
+        """Says nothing: there is no download."""
+
+    _log_download_done = _log_download_bytes
+
+    def _generate_examples(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("the job gives the examples")
+
+
+class RecordBuilder(_Builder, skip_registration=True):
+    """Runs in this process."""
+
+    name = NAME
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        del dl_manager  # nothing is downloaded
+        return {split: map(example_of, records) for split, records in self._job.records().items()}
+
+
+class BeamRecordBuilder(_Builder, skip_registration=True):
+    """Runs wherever Beam does."""
+
+    name = NAME
+
+    def _split_generators(self, dl_manager: Any, pipeline: Any) -> dict[str, Any]:
+        import apache_beam as beam
+
+        del dl_manager
+        return {split: records | f"Example {split}" >> beam.Map(example_of) for split, records in self._job.beam_records(pipeline).items()}
+
+
+def write_dataset(
+    job: Job,
+    out: str,
+    *,
+    num_shards: int | None = None,
+    beam_runner: str | None = None,
+    beam_options: Iterable[str] = (),
+) -> epath.Path:
+    """Runs the job and returns the data set's folder below `out`, which appears only when it is complete.
+
+    With `beam_runner` (a Beam runner's name, such as "DirectRunner", "DataflowRunner", "FlinkRunner" or "SparkRunner") the work
+    is done on Beam with `beam_options`, command-line flags of Beam. Raises `DataError` where `out` holds a data set already.
+    """
+    existing = epath.Path(out) / NAME
+    if existing.exists():
+        raise DataError(f"{existing}: there is a data set already; name another folder or remove it")
+    config = tfds.download.DownloadConfig(try_download_gcs=False, num_shards=num_shards)
+    if beam_runner is None:
+        builder: Any = RecordBuilder(job, out)
+    else:
+        try:
+            from apache_beam.options.pipeline_options import PipelineOptions
+        except ImportError as error:
+            raise DataError('Apache Beam is not installed; pip install "instantid_jax[beam]"') from error
+        builder = BeamRecordBuilder(job, out)
+        config.beam_runner, config.beam_options = beam_runner, PipelineOptions(list(beam_options))
+    tfds.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as unused:
+        builder.download_and_prepare(download_dir=unused, download_config=config)
+    return epath.Path(builder.data_dir)

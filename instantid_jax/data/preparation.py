@@ -1,0 +1,235 @@
+"""Turns inputs into records with a full account: every entry of the input is written or refused with its reason.
+
+The same job runs as a loop with threads on one machine, or as a Beam pipeline. Either way the account is checked at the end:
+entries counted where they are read = rows in the finished files + lines in the quarantine.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from etils import epath
+
+from instantid_jax.data.builder import write_dataset
+from instantid_jax.data.filters import Accepted, Examiner, FirstSeen
+from instantid_jax.data.inputs import Candidate, Reader, Refusal
+from instantid_jax.data.record import DataError, Record
+from instantid_jax.data.sources import DatasetSource
+
+__all__ = ["PrepareJob", "Report", "ordered_map", "prepare"]
+
+A = TypeVar("A")
+B = TypeVar("B")
+_WINDOW = 8  # entries a thread that may be read ahead
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the inputs. ``inputs == sum(written) + sum(refused)``, which `check` has made sure of."""
+
+    inputs: int
+    written: dict[str, int]
+    """Records by split."""
+    refused: dict[str, int]
+    """Refusals by code."""
+    dataset: str
+    """The folder of the data set."""
+    quarantine: str
+    """The folder of the JSON lines that name every refused input."""
+
+    def check(self) -> Report:
+        """The report itself. Raises `DataError` where the totals do not balance."""
+        written, refused = sum(self.written.values()), sum(self.refused.values())
+        if self.inputs != written + refused:
+            raise DataError(f"{self.dataset}: {self.inputs} inputs were read, but {written} written and {refused} refused; do not use this data set")
+        return self
+
+    def lines(self) -> list[str]:
+        """For people."""
+        total = max(self.inputs, 1)
+        rows = [("inputs", self.inputs), *((f"written to {split}", n) for split, n in self.written.items())]
+        rows += [(f"refused: {code}", n) for code, n in sorted(self.refused.items(), key=lambda item: (-item[1], item[0]))]
+        return [f"{n:>12,}  {n / total:>6.1%}  {name}" for name, n in rows]
+
+
+class PrepareJob:
+    """A reader's entries through an examiner; a `builder.Job`. `quarantine` is the folder for what is refused."""
+
+    def __init__(self, reader: Reader, examiner: Examiner, quarantine: str, workers: int = 1) -> None:
+        self.reader, self.examiner, self.workers = reader, examiner, workers
+        self.quarantine = epath.Path(quarantine)
+
+    # --- one machine --------------------------------------------------------------------------------------------------------
+
+    def records(self) -> dict[str, Iterator[Record]]:
+        """See `builder.Job`. The input is read once a split; every entry counts in one split's pass only."""
+        self.quarantine.mkdir(parents=True, exist_ok=True)
+        self._inputs = 0
+        self._codes: collections.Counter[str] = collections.Counter()
+        first = FirstSeen()
+        return {split: self._split_records(split, first) for split in self.examiner.splits}
+
+    def _split_records(self, split: str, first: FirstSeen) -> Iterator[Record]:
+        written = 0
+        with (self.quarantine / f"refused-{split}.jsonl").open("w") as file:
+            for verdict in ordered_map(_Examine(self.examiner), self._entries(split), self.workers):
+                verdict = first(verdict) if isinstance(verdict, Accepted) else verdict
+                if isinstance(verdict, Refusal):
+                    file.write(verdict.to_json() + "\n")
+                    self._codes[verdict.code] += 1
+                else:
+                    written += 1
+                    yield verdict.record
+        if not written:
+            reasons = ", ".join(f"{code} {n}" for code, n in self._codes.most_common()) or "there was no input"
+            raise DataError(f"no input became a record of the split {split!r} ({reasons}); {self.quarantine} names each")
+
+    def _entries(self, split: str) -> Iterator[Candidate | Refusal]:
+        """The entries that belong to this split's pass; what belongs to no split is in the first one's."""
+        splits = self.examiner.splits
+        for shard in self.reader.shards(split):
+            for entry in self.reader.read(shard):
+                own = self.examiner.split(entry) if isinstance(entry, Candidate) else splits[0]
+                if own == split or (own not in splits and split == splits[0]):
+                    self._inputs += 1
+                    yield entry
+
+    def totals(self) -> tuple[int, dict[str, int]]:
+        """(entries, refusals by code), of the pass of `records` or from the files that `beam_records` has left."""
+        counted = self.quarantine / "counts"
+        if not counted.exists():
+            lines: collections.Counter[str] = collections.Counter()
+            for path in self.quarantine.glob("refused-*.jsonl"):
+                with path.open("r") as file:
+                    lines.update(json.loads(line)["code"] for line in file)
+            return self._inputs, dict(lines)
+        counts: collections.Counter[str] = collections.Counter()
+        for path in counted.iterdir():
+            for line in path.read_text().splitlines():
+                name, number = json.loads(line)
+                counts[name] += number
+        return counts.pop("", 0), dict(counts)
+
+    # --- Beam ---------------------------------------------------------------------------------------------------------------
+
+    def beam_records(self, pipeline: Any) -> dict[str, Any]:
+        """See `builder.Job`."""
+        import apache_beam as beam
+        from apache_beam.io import WriteToText
+
+        reader, examiner = self.reader, self.examiner
+        entries = (
+            pipeline
+            | "Input" >> beam.Create([reader])
+            | "Shards" >> beam.FlatMap(lambda r: r.shards())
+            | "Spread shards" >> beam.Reshuffle()
+            | "Read" >> beam.FlatMap(reader.read)
+            | "Spread entries" >> beam.Reshuffle()
+        )
+        examined = entries | "Examine" >> beam.Map(_Examine(examiner))
+        refused = [examined | "Refused" >> beam.Filter(lambda v: isinstance(v, Refusal))]
+        accepted = examined | "Accepted" >> beam.Filter(lambda v: isinstance(v, Accepted))
+        for name, group in (("key", _by_key), ("look", _by_look)):
+            kept = (
+                accepted
+                | f"By {name}" >> beam.Map(group)
+                | f"Group by {name}" >> beam.GroupByKey()
+                | f"First by {name}" >> beam.FlatMap(_KeepFirst(name, examiner.splits))
+            )
+            refused.append(kept | f"Doubles by {name}" >> beam.Filter(lambda v: isinstance(v, Refusal)))
+            accepted = kept | f"Firsts by {name}" >> beam.Filter(lambda v: isinstance(v, Accepted))
+        refusals = refused | "All refused" >> beam.Flatten()
+        prefix = str(self.quarantine / "refused")
+        _ = refusals | "Lines" >> beam.Map(Refusal.to_json) | "Quarantine" >> WriteToText(prefix, ".jsonl")
+        inputs = entries | "Count inputs" >> beam.combiners.Count.Globally() | "Name" >> beam.Map(lambda n: ("", n))
+        codes = refusals | "Codes" >> beam.Map(lambda r: r.code) | "Count codes" >> beam.combiners.Count.PerElement()
+        _ = (
+            (inputs, codes)
+            | "All counts" >> beam.Flatten()
+            | "Count lines" >> beam.Map(json.dumps)
+            | "Counts" >> WriteToText(str(self.quarantine / "counts" / "part"), ".jsonl")
+        )
+        records = accepted | "Records" >> beam.Map(lambda a: a.record)
+        return {split: records | f"Of {split}" >> beam.Filter(lambda r, s=split: r.split == s) for split in examiner.splits}
+
+
+class _Examine:
+    """The examiner's verdict on an entry, where a refusal by the reader stands; picklable."""
+
+    def __init__(self, examiner: Examiner) -> None:
+        self._examiner = examiner
+
+    def __call__(self, entry: Candidate | Refusal) -> Accepted | Refusal:
+        return entry if isinstance(entry, Refusal) else self._examiner(entry)
+
+
+def _by_key(accepted: Accepted) -> tuple[str, Accepted]:
+    return accepted.record.key, accepted
+
+
+def _by_look(accepted: Accepted) -> tuple[str, Accepted]:
+    return accepted.fingerprint.hex() or f"key {accepted.record.key}", accepted
+
+
+class _KeepFirst:
+    """Of a group that shares a key or a look, lets pass the one of the first split with the smallest key."""
+
+    def __init__(self, name: str, splits: tuple[str, ...]) -> None:
+        self._name, self._splits = name, splits
+
+    def __call__(self, group: tuple[str, Iterable[Accepted]]) -> Iterator[Accepted | Refusal]:
+        members = sorted(group[1], key=lambda a: (self._splits.index(a.record.split), a.record.key, a.fingerprint))
+        first = FirstSeen()
+        yield from map(first, members)
+
+
+def ordered_map(function: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:
+    """``map`` with threads: results in the items' order, few items ahead."""
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    waiting: collections.deque[Future[B]] = collections.deque()
+    iterator = iter(items)
+    with ThreadPoolExecutor(workers) as pool:
+        for item in iterator:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= workers * _WINDOW:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def prepare(
+    reader: Reader,
+    examiner: Examiner,
+    out: str,
+    *,
+    workers: int = 1,
+    num_shards: int | None = None,
+    beam_runner: str | None = None,
+    beam_options: Iterable[str] = (),
+    index: bool = True,
+) -> Report:
+    """Prepares a data set below `out`: the ArrayRecord files, ``quarantine/``, ``report.json`` and, unless left out, the loader's index.
+
+    `workers` threads examine photos where there is no Beam. Raises `DataError` where nothing passes or the totals do not balance.
+    """
+    quarantine = epath.Path(out) / "quarantine"
+    if quarantine.exists():
+        quarantine.rmtree()
+    job = PrepareJob(reader, examiner, str(quarantine), workers)
+    folder = write_dataset(job, out, num_shards=num_shards, beam_runner=beam_runner, beam_options=beam_options)
+    sources = {split: DatasetSource(str(folder), split) for split in examiner.splits}
+    inputs, refused = job.totals()
+    report = Report(inputs, {split: len(source) for split, source in sources.items()}, refused, str(folder), str(quarantine)).check()
+    (epath.Path(out) / "report.json").write_text(json.dumps(dataclasses.asdict(report), indent=1))
+    if index:
+        for source in sources.values():
+            _ = source.index
+    return report
