@@ -11,22 +11,27 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from typing import NamedTuple
 
 import numpy as np
 
 from instantid_jax.data.portrait_asset import AGES, ETHNICITIES, FACE_UNITS, SEXES, WEIGHTS
 
-__all__ = ["HAIR_COLUMNS", "HAIR_ROWS", "Heads", "hair_vertices", "load_heads"]
+__all__ = ["HAIR_COLUMNS", "HAIR_ROWS", "HairLine", "Heads", "glasses_mesh", "glasses_vertices", "hair_mesh", "hair_vertices", "load_heads"]
 
 HAIR_COLUMNS = 49
 """Columns of the hair's grid, from behind over the image's left and the front to behind; the first and the last are one place."""
 HAIR_ROWS = 20
 """Rows of the hair's grid: `_CAP_ROWS` on the skull, the others hanging."""
 
+EDGE_ANGLES = 2049
+"""How finely the hair's edge is given."""
+
 _CAP_ROWS = 12
 _SKULL_CENTER = np.array([0.0, 0.55, -1.2], np.float32)  # rest place
 _CAP_ANGLE = np.radians(98.0)  # from the crown to the end of the cap, just above the ears
 _EARS_END = 0.1  # rest height above which only skull is left
+_TAPER = 5.0  # how fast hair rises from its edge
 _EYE_RADIUS = 0.262  # of the eyeball, in inter-eye distances
 
 
@@ -46,8 +51,8 @@ class Heads:
     """[m, 3] int32."""
     materials: np.ndarray
     """[m] uint8, in the rasterizer's numbers."""
-    masks: np.ndarray
-    """[n, 2] in 0..1: lips, inside of the mouth."""
+    marks: np.ndarray
+    """[n, 4]: lips and inside of the mouth in 0..1, angle and fall on the hair's grid; the last four of `rasterizer.shade`'s attributes."""
     eyes: np.ndarray
     """[2, e] the vertices of the eyeballs, image-left first."""
     rest: np.ndarray
@@ -80,8 +85,7 @@ class Heads:
 
     def vertices(self, coefficients: np.ndarray) -> np.ndarray:
         """[n, 3] for coefficients [k]."""
-        used = np.flatnonzero(coefficients)
-        return self.base + (coefficients[used] @ self.targets[used]).reshape(-1, 3)
+        return self.base + (coefficients @ self.targets).reshape(-1, 3)
 
     def expression(self, units: Mapping[str, float]) -> np.ndarray:
         """[n, 3] displacement for strengths of face units."""
@@ -128,7 +132,7 @@ def load_heads() -> Heads:
         base = data["vertices"]
         targets = data["targets"].transpose(0, 2, 1).reshape(len(data["targets"]), -1) * data["target_steps"][:, None]
         quads = data["quads"].astype(np.int32)
-        materials, masks, eyes = data["materials"], data["masks"].T.astype(np.float32) / 255, data["eyes"].astype(np.int64)
+        materials, masks, eyes = data["materials"], data["masks"].astype(np.float32) / 255, data["eyes"].astype(np.int64)
         names, rows = tuple(str(name) for name in data["axis_names"]), data["axis_rows"].astype(np.int64)
     mean = _mean_head(base, targets, int(rows.max()) + 1)
     centers = mean[eyes].mean(1)
@@ -140,12 +144,14 @@ def load_heads() -> Heads:
     triangles, materials = triangles[real], materials[real]
     skin = np.unique(triangles[materials == 0])
     middle = skin[(np.abs(rest[skin, 0]) < 0.05) & (rest[skin, 1] < -0.3)]
-    lips = skin[masks[skin, 0] > 0.5]
+    lips = skin[masks[0, skin] > 0.5]
     corners = np.array([middle[rest[middle, 2].argmax()], lips[rest[lips, 0].argmin()], lips[rest[lips, 0].argmax()]])
     cap, cap_weights = _cap(rest, triangles[materials == 0])
+    x, y, z = (rest - _SKULL_CENTER).T
+    marks = np.stack([*masks, np.arctan2(x, z), np.arctan2(np.hypot(x, z), y) / _CAP_ANGLE], -1).astype(np.float32)
     for eye in eyes:
         rest[eye] = (rest[eye] - rest[eye].mean(0)) / _EYE_RADIUS
-    return Heads(base, targets, names, rows, triangles.astype(np.int32), materials, masks, eyes, rest, corners, cap, cap_weights)
+    return Heads(base, targets, names, rows, triangles.astype(np.int32), materials, marks, eyes, rest, corners, cap, cap_weights)
 
 
 @functools.cache
@@ -160,10 +166,40 @@ def hair_mesh() -> tuple[np.ndarray, np.ndarray]:
     return triangles.astype(np.int32), uvw.astype(np.float32)
 
 
-def hair_vertices(heads: Heads, vertices: np.ndarray, edge: np.ndarray, thickness: float, length: float, flare: float) -> np.ndarray:
+class HairLine(NamedTuple):
+    """Where hair ends, on the grid whose places are (angle from the front, fall: 0 crown, 1 above the ears, 2 tips)."""
+
+    forehead: float
+    """Where it ends above the middle of the forehead, as fall."""
+    tips: float
+    """Where it ends at the sides and behind, as fall."""
+    opening: float
+    """Half the width of the face's window, radians."""
+    parting: float
+    """Angle by which the middle of the forehead's line is moved to a side."""
+    fray: float
+    """How uneven the edge is, in falls."""
+    phase: float
+    """Shifts the unevenness; any number."""
+
+    def edges(self) -> np.ndarray:
+        """[`EDGE_ANGLES`] float32: where it ends, as fall, for angles from -pi to pi."""
+        angle = np.linspace(-np.pi, np.pi, EDGE_ANGLES)
+        window = _smooth((np.abs(angle) / self.opening - 0.72) / 0.28)
+        forehead = self.forehead + 0.10 * _smooth(np.abs(angle - self.parting) / 0.8)
+        uneven = sum(part * np.sin(rate * angle + turn * self.phase) for part, rate, turn in ((0.4, 7.3, 1), (0.3, 29, 2.3), (0.3, 71, 3.7)))
+        return (forehead + (self.tips - forehead) * window + self.fray * uneven).astype(np.float32)
+
+
+def _smooth(t: np.ndarray) -> np.ndarray:
+    t = np.clip(t, 0, 1)
+    return t * t * (3 - 2 * t)
+
+
+def hair_vertices(heads: Heads, vertices: np.ndarray, edges: np.ndarray, thickness: float, length: float, flare: float) -> np.ndarray:
     """[rows * columns, 3]: the hair's grid on a head [n, 3].
 
-    `edge` [columns] is where the hair ends, as fall; there it lies on the skin. `thickness`, `length` (below the cap) and `flare` (how
+    `edges` is `HairLine.edges`; where the hair ends it lies on the skin. `thickness`, `length` (below the cap) and `flare` (how
     far the tips stand out) are in inter-eye distances.
     """
     centers = heads.eye_centers(vertices)
@@ -173,7 +209,8 @@ def hair_vertices(heads: Heads, vertices: np.ndarray, edge: np.ndarray, thicknes
     outward = skull - center
     outward /= np.linalg.norm(outward, axis=-1, keepdims=True)
     fall = np.linspace(0, 1, _CAP_ROWS, dtype=np.float32)[:, None]
-    lift = 0.03 + thickness * (1 - np.exp(-7 * np.maximum(edge[None] - fall, 0)))
+    edge = edges[np.linspace(0, EDGE_ANGLES - 1, HAIR_COLUMNS).round().astype(int)]
+    lift = 0.03 + thickness * (1 - np.exp(-_TAPER * np.maximum(edge[None] - fall, 0)))
     cap = skull + outward * (lift * unit)[..., None]
     down = np.linspace(0, 1, HAIR_ROWS - _CAP_ROWS + 1, dtype=np.float32)[1:, None]
     sideways = cap[-1] - center
@@ -183,3 +220,50 @@ def hair_vertices(heads: Heads, vertices: np.ndarray, edge: np.ndarray, thicknes
     hanging = cap[-1][None] + sideways[None] * out[..., None]
     hanging[..., 1] -= unit * length * down
     return np.concatenate([cap, hanging]).reshape(-1, 3).astype(np.float32)
+
+
+_RIM = 28  # corners of a lens
+_LENS = np.array([0.40, 0.31], np.float32)  # half axes, in inter-eye distances
+_FRAME = 0.045  # half the width of the frame
+_BEFORE_THE_EYE = 0.40
+
+
+@functools.cache
+def _glasses() -> tuple[np.ndarray, np.ndarray]:
+    """Places [n, 3] on the mean head, and triangles [m, 3], of two rims, the bridge and the temples."""
+    angle = np.linspace(0, 2 * np.pi, _RIM, endpoint=False)
+    around = np.stack([np.cos(angle), np.sin(angle)], -1)
+    around *= (np.abs(around) ** 3).sum(-1, keepdims=True) ** (-1 / 3)  # rounder than a rectangle, squarer than an ellipse
+    places, triangles = [], []
+    first = np.arange(_RIM)
+    after = np.roll(first, -1)
+    for eye in (-0.5, 0.5):
+        start = 2 * _RIM * len(places)
+        flat = np.concatenate([around * (_LENS - _FRAME), around * (_LENS + _FRAME)]) + np.array([eye, -0.03])
+        places.append(np.column_stack([flat, _BEFORE_THE_EYE - 0.25 * np.maximum(np.abs(flat[:, 0]) - 0.5, 0)]))
+        inner, outer = start + first, start + _RIM + first
+        inner_next, outer_next = start + after, start + _RIM + after
+        triangles += [np.stack([inner, outer, outer_next], -1), np.stack([inner, outer_next, inner_next], -1)]
+    edge, half = 0.5 + float(_LENS[0]), _FRAME
+    bars = [[(-0.12, 0.05 - half), (-0.12, 0.05 + half), (0.12, 0.05 + half), (0.12, 0.05 - half)]]
+    boxes = [np.column_stack([np.array(bars[0]), np.full(4, _BEFORE_THE_EYE)])]
+    for side in (-1.0, 1.0):
+        front, back = _BEFORE_THE_EYE - 0.1, -1.0
+        boxes.append(np.array([(side * edge, y, front) for y in (-half, half)] + [(side * 1.38, y, back) for y in (half, -half)]))
+    for box in boxes:
+        start = sum(map(len, places))
+        places.append(box)
+        triangles.append(np.array([(start, start + 1, start + 2), (start, start + 2, start + 3)]))
+    return np.concatenate(places).astype(np.float32), np.concatenate(triangles).astype(np.int32)
+
+
+def glasses_mesh() -> np.ndarray:
+    """Triangles [m, 3] int32 of a pair of glasses."""
+    return _glasses()[1]
+
+
+def glasses_vertices(heads: Heads, vertices: np.ndarray) -> np.ndarray:
+    """[n, 3] float32: glasses before the eyes of a head [n, 3]."""
+    centers = heads.eye_centers(vertices)
+    unit = float(np.linalg.norm(centers[1] - centers[0]))
+    return (centers.mean(0) + _glasses()[0] * unit).astype(np.float32)

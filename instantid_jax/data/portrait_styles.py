@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import cv2
 import numpy as np
-
-from instantid_jax.face.errors import import_opencv
 
 __all__ = ["STYLES", "apply_style"]
 
 _GRAY = np.array([0.299, 0.587, 0.114], np.float32)
+_BLOCKS = 32  # squares of pixel art along a side
 _REFERENCE = 64  # the side at which the radii below are meant
 
 
 def _blur(picture: np.ndarray, radius: float) -> np.ndarray:
     """Gaussian blur; the radius is in pixels of a picture of 64."""
     sigma = max(radius * len(picture) / _REFERENCE, 0.1)
-    return import_opencv().GaussianBlur(picture, (0, 0), sigma, borderType=2)
+    return cv2.GaussianBlur(picture, (0, 0), sigma, borderType=2)
 
 
 def _photo(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -54,35 +54,34 @@ def _noir(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def _watercolor(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Flat washes of colour that darken at their edges, on white paper that shows at the border."""
-    cv2 = import_opencv()
+    """Flat washes of colour on white paper that shows at the border, with darker edges and a few brush lines."""
     side = len(picture)
-    wobble = cv2.resize(random.normal(0, 1, (10, 10, 2)).astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC) * (0.8 * side / _REFERENCE)
+    scale = side / _REFERENCE
+    wobble = cv2.resize(random.normal(0, 0.35 * scale, (12, 12, 2)).astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
     rows, columns = np.mgrid[:side, :side].astype(np.float32)
-    wash = cv2.remap(picture, columns + wobble[..., 0], rows + wobble[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
-    for _ in range(2):
-        wash = cv2.bilateralFilter(wash, 0, 0.16, 1.6 * side / _REFERENCE)
-    soft = _blur(wash, 1.2)
-    edge = np.clip(np.abs(wash - soft).mean(-1, keepdims=True) * 2.2, 0, 0.35)
-    pigment = cv2.resize(random.random((24, 24)).astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC)[..., None]
-    color = 1 - (1 - wash) * (0.66 + 0.28 * pigment)
-    gray = color @ _GRAY
-    color = gray[..., None] + 1.25 * (color - gray[..., None])
+    moved = cv2.remap(picture, columns + wobble[..., 0], rows + wobble[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+    wash = cv2.bilateralFilter(cv2.bilateralFilter(moved, 0, 0.14, 1.5 * scale), 0, 0.10, 2.0 * scale)
+    gray = moved @ _GRAY
+    lines = np.clip(_blur(gray, 1.3) - gray - 0.02, 0, 0.25)[..., None] * 2.4
+    rim = np.clip(np.abs(wash - _blur(wash, 1.0)).mean(-1, keepdims=True) * 1.5, 0, 0.25)
+    pigment = cv2.resize(random.random((20, 20)).astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC)[..., None]
+    color = 1 - (1 - wash) * (0.80 + 0.14 * pigment)
+    tone = (color @ _GRAY)[..., None]
+    color = (tone + 1.3 * (color - tone)) * (1 - rim) * (1 - lines)
     across = np.abs(np.linspace(-1, 1, side, dtype=np.float32))
-    border = np.maximum(across[:, None], across[None])[..., None] + 0.10 * pigment
-    paper = np.clip((border - 0.90) / 0.08, 0, 1)
-    return (color * (1 - edge)) * (1 - paper) + np.float32(0.97) * paper
+    border = np.maximum(across[:, None], across[None])[..., None] + 0.07 * pigment
+    paper = np.clip((border - 0.92) / 0.06, 0, 1)
+    return color * (1 - paper) + np.float32(0.97) * paper
 
 
 def _pixel_art(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Large squares of few colours."""
-    cv2 = import_opencv()
+    """Large squares of few colours: few steps of brightness, and within one step few hues."""
     side = len(picture)
-    small = cv2.resize(picture, (32, 32), interpolation=cv2.INTER_AREA)
-    gray = (small @ _GRAY)[..., None]
-    vivid = gray + 1.35 * (small - gray)
-    few = np.round(np.clip(vivid, 0, 1) * 5) / 5
-    return cv2.resize(few, (side, side), interpolation=cv2.INTER_NEAREST)
+    small = cv2.resize(picture, (_BLOCKS, _BLOCKS), interpolation=cv2.INTER_AREA)
+    tone = (small @ _GRAY)[..., None]
+    steps = np.round(tone * 6) / 6
+    tint = np.round((small - tone) * 1.3 * 7) / 7
+    return cv2.resize(steps + tint, (side, side), interpolation=cv2.INTER_NEAREST)
 
 
 _FUNCTIONS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {

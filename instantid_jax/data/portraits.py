@@ -15,14 +15,16 @@ Everything follows from integer seeds. Rendering needs numba (``pip install "ins
 
 from __future__ import annotations
 
+import functools
 import importlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from instantid_jax.data.portrait_asset import ETHNICITIES
-from instantid_jax.data.portrait_head import HAIR_COLUMNS, Heads, hair_mesh, hair_vertices, load_heads
+from instantid_jax.data.portrait_head import HairLine, Heads, glasses_mesh, glasses_vertices, hair_mesh, hair_vertices, load_heads
 from instantid_jax.data.portrait_styles import STYLES, apply_style
 
 __all__ = ["BACKGROUNDS", "EXPRESSIONS", "HAIR_COLORS", "HAIR_STYLES", "Identity", "Portrait", "PortraitWorld", "View", "split"]
@@ -47,7 +49,7 @@ BACKGROUNDS = {
     "purple": (130, 68, 162),
 }
 EXPRESSIONS: dict[str, dict[str, float]] = {
-    "neutral": {},
+    "neutral": {"mouthSmileLeft": 0.12, "mouthSmileRight": 0.12},  # the mesh's own corners of the mouth hang
     "smiling": {"mouthSmileLeft": 0.85, "mouthSmileRight": 0.85, "cheekSquintLeft": 0.5, "cheekSquintRight": 0.5},
     "surprised": {"jawOpen": 0.35, "browInnerUp": 0.8, "browOuterUpLeft": 0.6, "browOuterUpRight": 0.6, "eyeWideLeft": 0.7, "eyeWideRight": 0.7},
     "frowning": {"browDownLeft": 0.9, "browDownRight": 0.9, "mouthFrownLeft": 0.7, "mouthFrownRight": 0.7},
@@ -55,13 +57,18 @@ EXPRESSIONS: dict[str, dict[str, float]] = {
 }
 BEARDS = ("none", "stubble", "full", "moustache")
 
-_SKIN = np.array([(108, 72, 52), (224, 184, 148), (234, 194, 172)], np.float32) / 255  # as ETHNICITIES
+_SKIN = np.array([(247, 214, 194), (239, 198, 170), (222, 174, 138), (194, 138, 102), (150, 100, 70), (106, 70, 50), (76, 50, 40)]) / 255
+_SKIN_TONE = np.array([(4.5, 0.8), (1.5, 0.7), (0.8, 0.55)])  # place among _SKIN, mean and deviation, as ETHNICITIES
 _EYES = {"brown": (84, 50, 26), "blue": (84, 134, 196), "green": (88, 138, 84), "gray": (126, 136, 144)}
 _EYE_CHANCE = np.array([(0.92, 0.02, 0.03, 0.03), (0.90, 0.03, 0.04, 0.03), (0.32, 0.36, 0.20, 0.12)])
 _BROW_CHANCE = np.array([(0.85, 0.12, 0.0, 0.0, 0.03), (0.82, 0.13, 0.0, 0.0, 0.05), (0.18, 0.40, 0.22, 0.12, 0.08)])
 _BEARD_CHANCE = (0.52, 0.16, 0.20, 0.12)
+_PART_SHARE = {"head": 0.5, "forehead": 0.5, "mouth": 0.65}  # of the shape's strength; a mouth must leave room for expressions
 _SHIRT = (0.20, 0.21, 0.24)
+_WITHOUT_COLOR = ("sketch", "noir")  # styles that do not show a background's colour
+_GLASSES = (0.06, 0.06, 0.07)
 _EYE_HEIGHT = 0.50  # of the picture, from the top
+_MARGIN, _LOWERED = 0.03, 0.06  # wanted above the head, and how far a tall head is lowered for it, in image sides
 _CAMERA = 14.0  # distance in inter-eye distances
 _TURNING_POINT = 1.2  # behind the eyes, in inter-eye distances
 _MEDIUM_LENGTH, _LONG_LENGTH = 1.75, 3.4
@@ -150,8 +157,7 @@ class View:
     light: Color
     """Unit vector towards the light: right, up, to the camera."""
     ambient: float
-    hair_line: tuple[float, float, float, float, float, float]
-    """See `rasterizer.HairLine`."""
+    hair_line: HairLine
     hair_thickness: float
     """In inter-eye distances."""
     hair_length: float
@@ -193,7 +199,7 @@ class PortraitWorld:
     jitter: float = 0.015
     """Largest shift of the face, in image sides."""
     shape_strength: float = 0.34
-    """Standard deviation of the axes of a head's shape, whose full range is -1..1; the outline of the head gets half of it."""
+    """Standard deviation of the axes of a head's shape, whose full range is -1..1; outline and mouth get less of it."""
     expressions: tuple[str, ...] = ("neutral", "smiling")
     """Drawn from, equally often; of `EXPRESSIONS`."""
     glasses_rate: float = 0.0
@@ -222,12 +228,11 @@ class PortraitWorld:
         age = float(random.beta(1.1, 1.5))
         ethnicity = random.dirichlet(np.full(len(ETHNICITIES), 0.3))
         weight = float(random.uniform(-0.8, 0.8))
-        outline = np.array([name.startswith(("head/", "forehead/")) for name in heads.axis_names])
-        deviation = self.shape_strength * np.where(outline, 0.5, 1.0)
-        axes = np.clip(random.normal(0, 1, len(deviation)) * deviation, -1, 1).astype(np.float32)
+        share = np.array([_PART_SHARE.get(name.split("/")[0], 1.0) for name in heads.axis_names])
+        axes = np.clip(random.normal(0, self.shape_strength, len(share)) * share, -1, 1).astype(np.float32)
         maleness = float(random.uniform(0.75, 1.0))
         coefficients = heads.coefficients(axes, ethnicity, maleness if sex == "man" else 1 - maleness, age, weight)
-        skin = np.clip((ethnicity @ _SKIN) * random.uniform(0.78, 1.10) + random.normal(0, 0.018, 3), 0.1, 0.97)
+        skin = _skin_color(ethnicity, random)
         eye_color = str(random.choice(list(_EYES), p=ethnicity @ _EYE_CHANCE))
         brow_color = str(random.choice(list(HAIR_COLORS)[:5], p=ethnicity @ _BROW_CHANCE))
         if random.random() < 0.8 * max(age - 0.6, 0) / 0.4:
@@ -237,7 +242,7 @@ class PortraitWorld:
         bearded = str(random.choice(BEARDS, p=_BEARD_CHANCE))
         density = {"none": 0.0, "stubble": random.uniform(0.25, 0.4), "full": random.uniform(0.8, 0.95), "moustache": random.uniform(0.8, 0.95)}
         beard = bearded if sex == "man" else "none"
-        freckles = float(random.uniform(0.25, 0.5)) if random.random() < 0.3 * ethnicity[2] else 0.0
+        freckles = float(random.uniform(0.4, 0.8)) if random.random() < 0.3 * ethnicity[2] else 0.0
         return Identity(
             seed, sex, age, ethnicity, weight, heads.vertices(coefficients), _color(skin), _color(lips),
             _color(np.array(HAIR_COLORS[brow_color]) / 255 * 0.8), brow_color, float(random.uniform(0.055, 0.13)), float(random.uniform(0.6, 0.95)),
@@ -257,19 +262,20 @@ class PortraitWorld:
         yaw, pitch, roll = (float(random.uniform(-1, 1) * np.radians(most)) for most in (self.yaw, self.pitch, self.roll))
         light = np.array([random.uniform(-0.8, 0.8), random.uniform(0.0, 0.8), 0.85])
         tips = {"bald": 0.0, "short": 1.0, "medium": 1.97, "long": 1.99}[hair_style]
-        line = (
-            random.uniform(0.58, 0.74),
-            tips,
-            random.uniform(1.12, 1.3),
-            random.uniform(-0.45, 0.45),
-            random.uniform(0.04, 0.1),
-            random.uniform(0, 50),
+        line = HairLine(
+            forehead=float(random.uniform(0.58, 0.74)),
+            tips=tips,
+            opening=float(random.uniform(1.12, 1.3)),
+            parting=float(random.uniform(-0.45, 0.45)),
+            fray=float(random.uniform(0.02, 0.06)),
+            phase=float(random.uniform(0, 50)),
         )
         length = {"medium": _MEDIUM_LENGTH, "long": _LONG_LENGTH}.get(hair_style, 1.0) * random.uniform(0.9, 1.1)
+        shift = (float(random.uniform(-1, 1) * self.jitter), float(random.uniform(-1, 1) * self.jitter))
         return View(
-            seed, style, hair_style, hair_color, _color(hair), background, _color(backdrop), expression, bool(random.random() < self.glasses_rate),
-            yaw, pitch, roll, float(random.uniform(*self.zoom)), (float(random.uniform(-1, 1) * self.jitter), float(random.uniform(-1, 1) * self.jitter)),
-            _color(light / np.linalg.norm(light)), float(random.uniform(0.42, 0.62)), tuple(float(number) for number in line),
+            seed, style, hair_style, hair_color, _color(hair), background, _color(backdrop), expression,
+            bool(random.random() < self.glasses_rate), yaw, pitch, roll, float(random.uniform(*self.zoom)), shift,
+            _color(light / np.linalg.norm(light)), float(random.uniform(0.42, 0.62)), line,
             float(random.uniform(0.10, 0.24)), float(length), float(random.uniform(-0.1, 0.25)),
         )  # fmt: skip
 
@@ -277,32 +283,23 @@ class PortraitWorld:
         """The portrait, `size` (default `image_size`) pixels wide and high. Raises `PortraitError` without numba."""
         rasterizer = _import_rasterizer()
         size = size or self.image_size
-        heads = load_heads()
-        vertices = identity.vertices + _expression(view.expression)
-        line = rasterizer.HairLine(*view.hair_line)
-        triangles, materials, uvw = heads.triangles, heads.materials, heads.rest
-        masks = heads.masks
-        everything = vertices
-        if view.hair_style != "bald":
-            hair_triangles, hair_uvw = hair_mesh()
-            edge = rasterizer.hair_edges(np.linspace(-np.pi, np.pi, HAIR_COLUMNS), line)
-            grown = hair_vertices(heads, vertices, edge, view.hair_thickness, view.hair_length, view.hair_flare)
-            everything = np.concatenate([vertices, grown])
-            triangles = np.concatenate([triangles, hair_triangles + len(vertices)])
-            materials = np.concatenate([materials, np.full(len(hair_triangles), rasterizer.HAIR, np.uint8)])
-            uvw = np.concatenate([uvw, hair_uvw])
-            masks = np.concatenate([masks, np.zeros((len(grown), 2), np.float32)])
-        turned, points = self._project(heads, everything, view)
+        heads, edges = load_heads(), view.hair_line.edges()
+        mesh = _dressed(heads, identity, view, rasterizer, edges)
+        turned, points = self._project(heads, mesh.vertices, view)
         side = size * self.supersample
-        owner, weights = rasterizer.visible(points * np.float32(side), turned[:, 2], uvw, triangles, materials, line, side)
-        normals = rasterizer.vertex_normals(turned, triangles)
-        look = _look(rasterizer, identity, view)
-        picture = rasterizer.shade(owner, weights, normals, uvw, masks, triangles, materials, look, line, _backdrop(view, size), self.supersample)
+        owner, weights = rasterizer.visible(points * np.float32(side), turned[:, 2], mesh.uvw, mesh.triangles, mesh.materials, edges, side)
+        attributes = np.concatenate([rasterizer.vertex_normals(turned, mesh.triangles), mesh.uvw, mesh.marks], axis=1)
+        look, backdrop = _look(rasterizer, identity, view), _backdrop(view, size)
+        picture = rasterizer.shade(owner, weights, attributes, mesh.triangles, mesh.materials, look, edges, backdrop, self.supersample)
         image = apply_style(view.style, picture, _generator(_STYLE_STREAM, identity.seed, view.seed))
-        return Portrait(image, self._keypoints(heads, turned, points, size))
+        keypoints = np.concatenate([points[heads.eyes].mean(1), points[heads.corners]]) * size
+        return Portrait(image, keypoints.astype(np.float32))
 
     def _project(self, heads: Heads, vertices: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
-        """Vertices [n, 3] turned as the view says, in inter-eye distances from the middle of the eyes; and seen by the camera [n, 2], in image sides."""
+        """Vertices [n, 3] turned as the view says, and where the camera sees them.
+
+        The first in inter-eye distances from the middle between the eyes, the second [n, 2] in image sides, x right and y down.
+        """
         centers = heads.eye_centers(vertices)
         unit = np.linalg.norm(centers[1] - centers[0])
         pivot = centers.mean(0) - np.array([0, 0, _TURNING_POINT * unit])
@@ -312,11 +309,8 @@ class PortraitWorld:
         scale = self.eye_distance * view.zoom * _CAMERA / (_CAMERA - turned[:, 2])
         x = 0.5 + view.shift[0] + turned[:, 0] * scale
         y = _EYE_HEIGHT + view.shift[1] - turned[:, 1] * scale
+        y += np.clip(_MARGIN - y.min(), 0, _LOWERED)
         return turned, np.stack([x, y], 1).astype(np.float32)
-
-    def _keypoints(self, heads: Heads, turned: np.ndarray, points: np.ndarray, size: int) -> np.ndarray:
-        eyes = points[heads.eyes].mean(1)
-        return (np.concatenate([eyes, points[heads.corners]]) * size).astype(np.float32)
 
     def caption(self, identity: Identity, view: View, identity_words: bool) -> str:
         """The prompt of a portrait; `identity_words` adds what tells who it is (age, ethnicity, sex, beard)."""
@@ -337,7 +331,8 @@ class PortraitWorld:
         article = "an" if person[0] in "aeiou" else "a"
         start = f"{prefix} of {article} {person}" + (f" with {' and '.join(extras)}" if extras else "")
         expression = "neutral expression" if view.expression == "neutral" else view.expression
-        return f"{start}, {expression}, {view.background} background"
+        setting = "" if view.style in _WITHOUT_COLOR else f", {view.background} background"
+        return f"{start}, {expression}{setting}"
 
     def labels(self, identity: Identity, view: View) -> dict[str, str]:
         """What is drawn, one word or two for each attribute."""
@@ -371,6 +366,15 @@ def _color(values: Any) -> Color:
     return red, green, blue
 
 
+def _skin_color(ethnicity: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """[3] in 0..1: a tone by ethnicity, a little warmer or cooler, more or less saturated."""
+    mean, deviation = ethnicity @ _SKIN_TONE
+    place = float(np.clip(mean + deviation * random.normal(), 0, len(_SKIN) - 1))
+    tone = np.array([np.interp(place, np.arange(len(_SKIN)), _SKIN[:, channel]) for channel in range(3)])
+    warm, saturation = random.normal(0, 0.022), random.uniform(0.85, 1.2)
+    return np.clip(tone.mean() + (tone - tone.mean()) * saturation + np.array([0.6, 0.0, -1.0]) * warm, 0.08, 0.98)
+
+
 def _rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
     """[3, 3] float32: yaw first, then pitch, then roll."""
     cy, sy, cp, sp, cr, sr = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch), np.cos(roll), np.sin(roll)
@@ -380,29 +384,76 @@ def _rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
     return (lean @ nod @ turn).astype(np.float32)
 
 
+@dataclass(frozen=True, eq=False)
+class _Mesh:
+    """What is drawn; see `rasterizer.visible` and `rasterizer.shade`. The head's vertices come first."""
+
+    vertices: np.ndarray
+    triangles: np.ndarray
+    materials: np.ndarray
+    uvw: np.ndarray
+    marks: np.ndarray
+
+    def plus(self, vertices: np.ndarray, triangles: np.ndarray, material: int, uvw: np.ndarray) -> _Mesh:
+        """With one more thing of one material."""
+        return _Mesh(
+            np.concatenate([self.vertices, vertices]),
+            np.concatenate([self.triangles, triangles + np.int32(len(self.vertices))]),
+            np.concatenate([self.materials, np.full(len(triangles), material, np.uint8)]),
+            np.concatenate([self.uvw, uvw]),
+            np.concatenate([self.marks, np.zeros((len(vertices), self.marks.shape[1]), np.float32)]),
+        )
+
+
+def _dressed(heads: Heads, identity: Identity, view: View, rasterizer: Any, edges: np.ndarray) -> _Mesh:
+    """The head with the view's expression, hair and glasses."""
+    vertices = identity.vertices + _expression(view.expression)
+    mesh = _Mesh(vertices, heads.triangles, heads.materials, heads.rest, heads.marks)
+    if view.hair_style != "bald":
+        triangles, uvw = hair_mesh()
+        grown = hair_vertices(heads, vertices, edges, view.hair_thickness, view.hair_length, view.hair_flare)
+        mesh = mesh.plus(grown, triangles, rasterizer.HAIR, uvw)
+    if view.glasses:
+        worn = glasses_vertices(heads, vertices)
+        mesh = mesh.plus(worn, glasses_mesh(), rasterizer.GLASSES, np.zeros_like(worn))
+    return mesh
+
+
+@functools.cache
 def _expression(name: str) -> np.ndarray:
-    if name not in _EXPRESSION_CACHE:
-        _EXPRESSION_CACHE[name] = load_heads().expression(EXPRESSIONS[name])
-    return _EXPRESSION_CACHE[name]
-
-
-_EXPRESSION_CACHE: dict[str, np.ndarray] = {}
+    return load_heads().expression(EXPRESSIONS[name])
 
 
 def _look(rasterizer: Any, identity: Identity, view: View) -> Any:
     return rasterizer.Look(
-        skin=identity.skin, lips=identity.lips, brow=identity.brow, beard=identity.brow, iris=identity.eyes, hair=view.hair,
-        shirt=_SHIRT, glasses=(0.06, 0.06, 0.07), brow_width=identity.brow_width, brow_density=identity.brow_density,
-        beard_density=identity.beard_density, moustache_only=float(identity.beard == "moustache"),
-        scalp=0.0 if view.hair_style == "bald" else 0.9, freckles=identity.freckles, wrinkles=max(identity.age - 0.4, 0) / 0.6,
-        gaze_x=-0.7 * float(np.sin(view.yaw)), gaze_y=0.7 * float(np.sin(view.pitch)), light=view.light, ambient=view.ambient,
-    )  # fmt: skip
+        skin=identity.skin,
+        lips=identity.lips,
+        brow=identity.brow,
+        beard=identity.brow,
+        iris=identity.eyes,
+        hair=view.hair,
+        shirt=_SHIRT,
+        glasses=_GLASSES,
+        brow_width=identity.brow_width,
+        brow_density=identity.brow_density,
+        beard_density=identity.beard_density,
+        moustache_only=float(identity.beard == "moustache"),
+        scalp=0.0 if view.hair_style == "bald" else 0.9,
+        freckles=identity.freckles,
+        wrinkles=max(identity.age - 0.4, 0) / 0.6,
+        gaze_x=-0.7 * math.sin(view.yaw),  # the eyes seek the camera
+        gaze_y=0.7 * math.sin(view.pitch),
+        strands=view.hair_line.phase,
+        light=view.light,
+        ambient=view.ambient,
+    )
 
 
 def _backdrop(view: View, size: int) -> np.ndarray:
     """[size, size, 3] float32: the background, a little lighter on the light's side."""
     across = np.linspace(-1, 1, size, dtype=np.float32)
-    glow = 1 + 0.08 * (across[None] * view.light[0] - across[:, None] * view.light[1])
+    strength = 0.0 if view.style == "pixel art" else 0.08  # few colours would make a glow a stain
+    glow = 1 + strength * (across[None] * view.light[0] - across[:, None] * view.light[1])
     return np.clip(np.array(view.backdrop, np.float32) * glow[..., None], 0, 1).astype(np.float32)
 
 
