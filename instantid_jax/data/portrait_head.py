@@ -31,6 +31,7 @@ _CAP_ROWS = 12
 _SKULL_CENTER = np.array([0.0, 0.55, -1.2], np.float32)  # rest place
 _CAP_ANGLE = np.radians(98.0)  # from the crown to the end of the cap, just above the ears
 _EARS_END = 0.1  # rest height above which only skull is left
+_NOSE_TIP = np.array([0.0, -0.6, 0.72], np.float32)  # rest place
 _TAPER = 5.0  # how fast hair rises from its edge
 _EYE_RADIUS = 0.262  # of the eyeball, in inter-eye distances
 
@@ -143,9 +144,8 @@ def load_heads() -> Heads:
     real = (triangles[:, 0] != triangles[:, 2]) & (triangles[:, 1] != triangles[:, 2])
     triangles, materials = triangles[real], materials[real]
     skin = np.unique(triangles[materials == 0])
-    middle = skin[(np.abs(rest[skin, 0]) < 0.05) & (rest[skin, 1] < -0.3)]
     lips = skin[masks[0, skin] > 0.5]
-    corners = np.array([middle[rest[middle, 2].argmax()], lips[rest[lips, 0].argmin()], lips[rest[lips, 0].argmax()]])
+    corners = np.array([skin[np.linalg.norm(rest[skin] - _NOSE_TIP, axis=1).argmin()], lips[rest[lips, 0].argmin()], lips[rest[lips, 0].argmax()]])
     cap, cap_weights = _cap(rest, triangles[materials == 0])
     x, y, z = (rest - _SKULL_CENTER).T
     marks = np.stack([*masks, np.arctan2(x, z), np.arctan2(np.hypot(x, z), y) / _CAP_ANGLE], -1).astype(np.float32)
@@ -249,7 +249,7 @@ def _glasses() -> tuple[np.ndarray, np.ndarray]:
     boxes = [np.column_stack([np.array(bars[0]), np.full(4, _BEFORE_THE_EYE)])]
     for side in (-1.0, 1.0):
         front, back = _BEFORE_THE_EYE - 0.1, -1.0
-        boxes.append(np.array([(side * edge, y, front) for y in (-half, half)] + [(side * 1.38, y, back) for y in (half, -half)]))
+        boxes.append(np.array([(side * edge, y, front) for y in (-half, half)] + [(side * 1.12, y, back) for y in (half, -half)]))
     for box in boxes:
         start = sum(map(len, places))
         places.append(box)

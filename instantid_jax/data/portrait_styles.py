@@ -31,14 +31,13 @@ def _photo(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
 def _sketch(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Pencil on paper: dark where the picture is darker than its surroundings, and hatching in the shadows."""
     gray = picture @ _GRAY
-    lines = np.clip(gray / (_blur(gray, 1.6) + 0.04), 0, 1)
-    fine = np.clip(gray / (_blur(gray, 0.7) + 0.04), 0, 1)
+    lines, fine = (np.clip((gray + 0.05) / (_blur(gray, radius) + 0.05), 0, 1) for radius in (1.6, 0.7))
     side = len(gray)
     rows, columns = np.mgrid[:side, :side] * (_REFERENCE / side)
     hatching = 0.5 + 0.5 * np.sin((rows + columns) * 2.1)
     shadow = np.clip((0.55 - gray) / 0.55, 0, 1)
     paper = 0.96 - 0.03 * random.random((side, side))
-    drawn = paper * (lines * fine) ** 1.6 * (1 - 0.55 * shadow * hatching) * (1 - 0.25 * shadow)
+    drawn = paper * (lines * fine) ** 1.6 * (1 - 0.5 * shadow * hatching) * (1 - 0.2 * shadow)
     return (drawn[..., None] * np.array([1.0, 0.985, 0.95])).astype(np.float32)
 
 
@@ -80,7 +79,7 @@ def _pixel_art(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
     small = cv2.resize(picture, (_BLOCKS, _BLOCKS), interpolation=cv2.INTER_AREA)
     tone = (small @ _GRAY)[..., None]
     steps = np.round(tone * 6) / 6
-    tint = np.round((small - tone) * 1.3 * 7) / 7
+    tint = np.round((small - tone) * 1.2 * 10) / 10
     return cv2.resize(steps + tint, (side, side), interpolation=cv2.INTER_NEAREST)
 
 

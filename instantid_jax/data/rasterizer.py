@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-__all__ = ["EYE", "GLASSES", "HAIR", "LASH", "SKIN", "TEETH", "Look", "shade", "vertex_normals", "visible"]
+__all__ = ["EYE", "GLASSES", "HAIR", "LASH", "SKIN", "Look", "shade", "vertex_normals", "visible"]
 
-SKIN, EYE, LASH, TEETH, HAIR, GLASSES = 0, 1, 2, 3, 4, 5
+SKIN, EYE, LASH, HAIR, GLASSES = 0, 1, 2, 3, 4
 """Materials of triangles. SKIN's `uvw` is the place on the mean head in inter-eye distances (0 between the eyes), EYE's the place
 on the eyeball in its radii, HAIR's (angle from the front in radians, 0 crown .. 1 above the ear .. 2 tips, unused)."""
 
@@ -219,7 +219,8 @@ def _beard(x: float, y: float, look: Look) -> float:
     if look.moustache_only > 0.5:
         return upper
     top = y + 0.35 * max(0.75 - side, 0.0) - 0.25 * _ramp(0.75, 1.0, side)
-    return max(_ramp(-0.62, -0.95, top) * _ramp(-2.05, -1.75, y), upper)
+    ear = _ramp(1.10, 1.18, side) * _ramp(-1.1, -0.9, y)
+    return max(_ramp(-0.62, -0.95, top) * _ramp(-2.05, -1.75, y) * (1.0 - ear), upper)
 
 
 @_compiled
@@ -321,8 +322,6 @@ def _sample(
         color = _eyeball(u, v, w, look)
     elif material == HAIR:
         color = _hair(u, v, look)
-    elif material == TEETH:
-        color = (0.80, 0.77, 0.71)
     elif material == GLASSES:
         color = look.glasses
     return _lit(color, material, x * scale, y * scale, z * scale, look, halfway)
