@@ -1,12 +1,71 @@
-"""Training of IdentityNet, the image adapter and the resampler. Not in this release."""
+"""Trains IdentityNet, the image adapter and the resampler against a frozen base, or whatever else a recipe says.
 
+A recipe is a file in configs/; options change single fields of it: python train.py --config configs/instantid.py --steps 1000
+A run that was stopped goes on with the same command.
+Exit status: 0 finished, 75 stopped by a signal with its state saved, 1 an error, 2 a wrong option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
 import sys
+import warnings
+from typing import Annotated, Literal
+
+import jax
+import tyro
+
+from instantid_jax.training.config import TrainConfig
+from instantid_jax.training.loop import BadSteps, Run, train
+from instantid_jax.training.plan import dry_run, explain_sharding
+from instantid_jax.training.recipes import load_recipe
 
 
-def main() -> int:
-    """Says so, and returns the exit status."""
-    print("train.py: training arrives with the next release", file=sys.stderr)
-    return 2
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What to do with a recipe, and changes to it."""
+
+    recipe: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    dry_run: bool = False
+    """Compile the step, print memory and FLOPs, train nothing."""
+    explain_sharding: bool = False
+    """Print path, shape, partition and bytes a device of every weight, and stop."""
+    resume_step: int | None = None
+    """Go on from this checkpoint instead of the newest."""
+    resume_damaged: Literal["stop", "previous"] = "stop"
+    """Where the newest checkpoint is damaged: stop, or go on from the one before."""
+    distributed: bool = False
+    """Join the other processes of a pod or cluster (`jax.distributed`); on TPU pods and Slurm all is found by itself."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--config")
+    chosen, rest = first.parse_known_args(arguments)
+    warnings.showwarning = lambda message, *_: print(f"train.py: {message}", file=sys.stderr)
+    try:
+        default = Command(load_recipe(chosen.config))
+        about = f"{__doc__}\nOptions of {chosen.config}, with its values as defaults; --config FILE names another recipe."
+        command = tyro.cli(Command, default=default, args=rest, description=about, config=(tyro.conf.AvoidSubcommands,))
+        return run(command)
+    except (ValueError, OSError, BadSteps) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+
+
+def run(command: Command) -> int:
+    """Plans or trains. Raises ValueError, OSError or BadSteps with one clear message."""
+    if command.distributed:
+        jax.distributed.initialize()
+    if command.explain_sharding:
+        print(explain_sharding(command.recipe))
+        return 0
+    if command.dry_run:
+        print(dry_run(command.recipe))
+        return 0
+    return train(Run(command.recipe), resume_step=command.resume_step, damaged=command.resume_damaged)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-__all__ = ["WeightsError", "load_weights", "save_weights"]
+__all__ = ["WeightsError", "load_weights", "quiet_orbax", "save_weights"]
 
 _METADATA = "_CHECKPOINT_METADATA"
 
@@ -51,7 +51,7 @@ def save_weights(directory: str | Path, flat: Mapping[str, Any], dtype: str | No
     if dtype is not None:
         context.array.saving.storage_options.dtype = np.dtype(dtype)
     state = {path: x if isinstance(x, jax.Array) else np.asarray(x).view(_Borrowed) for path, x in flat.items()}
-    with context, _without_advice():
+    with context, quiet_orbax():
         ocp.save(str(directory), state)
 
 
@@ -67,7 +67,7 @@ def load_weights(directory: str | Path, dtype: str | None = None, shardings: Map
         raise WeightsError(f"{directory} holds no weights, or their writing was interrupted (no {_METADATA})")
     _check_files(directory)
     try:
-        with _without_advice():
+        with quiet_orbax():
             described = ocp.metadata(str(directory)).metadata
             homeless = sorted(set(described) - set(shardings)) if shardings is not None else []
             if homeless:
@@ -119,7 +119,8 @@ class _Quiet(logging.Filter):
 
 
 @contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
+def quiet_orbax() -> Iterator[None]:
+    """Keeps Orbax's advice out of the log; errors pass."""
     loggers, quiet = (logging.getLogger("absl"), logging.getLogger()), _Quiet()
     for logger in loggers:
         logger.addFilter(quiet)

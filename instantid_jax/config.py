@@ -29,6 +29,7 @@ __all__ = [
     "SchedulerConfig",
     "UNetConfig",
     "from_json",
+    "portraits",
     "sdxl",
     "tiny",
     "to_json",
@@ -446,5 +447,34 @@ def tiny() -> ModelConfig:
             projection_dim=40,
             with_projection=True,
         ),
+        face_analyzer="opencv",
+    )
+
+
+def portraits() -> ModelConfig:
+    """The small model that is trained on rendered heads: 64 pixels, latents of 16 x 16 x 8, two text towers of 4,096 tokens."""
+    unet = UNetConfig(
+        sample_size=16,
+        in_channels=8,
+        out_channels=8,
+        block_out_channels=(64, 128, 192),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(2, 4, 6),
+        cross_attention_dim=128,
+        norm_num_groups=16,
+        addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=160,
+    )
+    tower = CLIPTextConfig(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, eos_token_id=4095)
+    return ModelConfig(
+        unet=unet,
+        identitynet=IdentityNetConfig.from_unet(unet, (16, 24, 48)),
+        resampler=ResamplerConfig(dim=128, depth=2, dim_head=32, heads=4, num_queries=16, embedding_dim=128, output_dim=128),
+        vae=AutoencoderConfig(latent_channels=8, block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, sample_size=64),
+        text_encoder=dataclasses.replace(tower, projection_dim=64),
+        text_encoder_2=dataclasses.replace(tower, hidden_act="gelu", projection_dim=64, with_projection=True),
+        scheduler=SchedulerConfig(prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=0),
+        force_zeros_for_empty_prompt=False,
         face_analyzer="opencv",
     )

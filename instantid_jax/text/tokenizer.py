@@ -96,6 +96,11 @@ class Tokenizer:
         """All token ids of one text, without bos, eos, padding or limit."""
         return list(self._run(text)["input_ids"])
 
+    def decode(self, ids: np.ndarray) -> list[str]:
+        """Texts of token ids [b, n], without special tokens; casing and spaces are as the vocabulary keeps them."""
+        texts = self._clip.batch_decode([[i for i in row if i not in (self.bos_id, self.eos_id, self.pad_id)] for row in np.asarray(ids).tolist()])
+        return [text.strip() for text in texts]
+
     def truncated(self, text: str) -> str:
         """The end of `text` that `encode` cuts off, from the first word that is not wholly kept; "" where all of it fits."""
         starts = [start for start, _ in self._run(text, offsets=True)["offset_mapping"]]

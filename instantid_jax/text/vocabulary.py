@@ -47,9 +47,16 @@ def vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
     return {token: i for i, token in enumerate(tokens)}
 
 
-def write_default_tokenizers(directory: str | Path) -> None:
-    """Writes ``tokenizer/`` and ``tokenizer_2/`` under `directory`, each with the four files of a published snapshot."""
+def write_default_tokenizers(directory: str | Path, size: int | None = None) -> None:
+    """Writes ``tokenizer/`` and ``tokenizer_2/`` under `directory`, each with the four files of a published snapshot.
+
+    `size` is the number of tokens, for small models: the first merges only, so that rarer words fall into more pieces.
+    """
     merges = default_merges()
+    if size is not None:
+        if not 514 <= size <= len(merges) + 514:
+            raise ValueError(f"a CLIP vocabulary has 514 to {len(merges) + 514} tokens, not {size}")
+        merges = merges[: size - 514]
     vocab = json.dumps(vocabulary(merges), ensure_ascii=False, separators=(",", ":"))
     for name, pad in _PADS.items():
         folder = Path(directory) / name

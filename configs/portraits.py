@@ -1,0 +1,45 @@
+"""Rendered heads, third stage: InstantID itself. IdentityNet, adapter and resampler learn against the frozen base.
+
+References are other pictures of the same person, captions mostly say nothing of the person, and a recogniser's embedding of
+the reference says the rest. `condition_gain` and the learning-rate factors make the keypoint branch start on a small budget.
+"""
+
+from instantid_jax.data.loader import LoaderConfig
+from instantid_jax.training.config import CheckpointConfig, InitConfig, LogConfig, LossConfig, OptimizerConfig, TrainConfig, ValidationConfig
+from instantid_jax.training.weights import saved_model
+
+BASE = "runs/portraits_base/weights"
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        model=saved_model(BASE),
+        steps=12_000,
+        data="data/portraits_latents",
+        out="runs/portraits",
+        loader=LoaderConfig(
+            global_batch=32,
+            resolution=64,
+            cached_latents=True,
+            keypoint_scale=0.15,
+            paired_reference=0.85,
+            identity_caption=0.15,
+            drop_text=0.05,
+            drop_identity=0.05,
+            drop_both=0.03,
+            num_threads=1,
+        ),
+        init=InitConfig(weights=BASE, condition_gain=2.5),
+        loss=LossConfig(timesteps="stratified"),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3,
+            schedule="cosine",
+            warmup=100,
+            hold=0.5,
+            ema=0.999,
+            multipliers=((r"^(resampler|identitynet/controlnet_)", 2.0), (r"^identitynet/", 0.7)),
+        ),
+        checkpoint=CheckpointConfig(every=500),
+        log=LogConfig(every=100),
+        validation=ValidationConfig(every=500, samples_every=1000, samples=12),
+    )

@@ -1,0 +1,38 @@
+"""Rendered heads, second stage: the text-to-image base and its two text towers, on the first stage's latents.
+
+    python -m instantid_jax.data.prepare cache --data data/portraits --weights runs/portraits_vae/weights --out data/portraits_latents
+"""
+
+from instantid_jax.data.loader import LoaderConfig
+from instantid_jax.training.config import (
+    CheckpointConfig,
+    InitConfig,
+    LogConfig,
+    LossConfig,
+    OptimizerConfig,
+    StageConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from instantid_jax.training.weights import saved_model
+
+VAE = "runs/portraits_vae/weights"
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        model=saved_model(VAE),
+        steps=12_000,
+        data="data/portraits_latents",
+        out="runs/portraits_base",
+        loader=LoaderConfig(
+            global_batch=32, resolution=64, cached_latents=True, keypoint_style="none", identity_caption=0.75, drop_text=0.1, num_threads=1
+        ),
+        stage=StageConfig(identitynet=False, adapter=False, trainable=(r"^unet/", r"^text_encoder/", r"^text_encoder_2/")),
+        init=InitConfig(weights=VAE, from_base=(), random=("unet", "text_encoder", "text_encoder_2")),
+        loss=LossConfig(timesteps="stratified"),
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup=100, hold=0.5, ema=0.999),
+        checkpoint=CheckpointConfig(every=500),
+        log=LogConfig(every=100),
+        validation=ValidationConfig(every=500, samples_every=1000),
+    )

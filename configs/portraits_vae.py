@@ -1,0 +1,31 @@
+"""Rendered heads, first stage: the autoencoder, 64 pixels to latents of 16 x 16 x 8."""
+
+from instantid_jax.config import portraits
+from instantid_jax.data.loader import LoaderConfig
+from instantid_jax.training.config import (
+    CheckpointConfig,
+    InitConfig,
+    LogConfig,
+    LossConfig,
+    OptimizerConfig,
+    StageConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        model=portraits(),
+        steps=4000,
+        data="data/portraits",
+        out="runs/portraits_vae",
+        loader=LoaderConfig(global_batch=32, resolution=64, random_crop=False, keypoint_style="none", num_threads=1),
+        stage=StageConfig(objective="reconstruct", trainable=(r"^vae/",)),
+        init=InitConfig(from_base=(), random=("vae",)),
+        loss=LossConfig(crop=32, kl_weight=1e-6),
+        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup=100, ema=0.998),
+        checkpoint=CheckpointConfig(every=250),
+        log=LogConfig(every=50),
+        validation=ValidationConfig(every=500, samples_every=500),
+    )

@@ -1,0 +1,1 @@
+"""Training: configuration, state, one step, and the loop around it."""

@@ -1,0 +1,239 @@
+"""What a training run is, as one frozen dataclass: a recipe in ``configs/`` is a short function that returns it.
+
+Every default is the paper's where the paper says it (arXiv 2401.07519, section 4.1), otherwise the plainest choice. An
+ablation changes one field with `dataclasses.replace` or one option on the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from instantid_jax.config import ComputeConfig, ConfigError, ModelConfig
+from instantid_jax.data.loader import LoaderConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "GuardConfig",
+    "InitConfig",
+    "LogConfig",
+    "LossConfig",
+    "MeshConfig",
+    "OptimizerConfig",
+    "StageConfig",
+    "TrainConfig",
+    "ValidationConfig",
+]
+
+INSTANTID = (r"^identitynet/", r"^adapter/", r"^resampler/")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """What is learned, and through which parts of the model."""
+
+    objective: Literal["denoise", "reconstruct", "recognize"] = "denoise"
+    """denoise: the diffusion loss. reconstruct: the autoencoder's. recognize: embeddings from latents, for the identity loss."""
+    trainable: tuple[str, ...] = INSTANTID
+    """Regular expressions over "network/path"; what matches none is frozen. To train the UNet's cross-attention queries too,
+    add r"^unet/.*/attn2/to_q/"."""
+    identitynet: bool = True
+    """Whether IdentityNet takes part."""
+    adapter: bool = True
+    """Whether the image adapter takes part."""
+    identitynet_context: Literal["identity", "text"] = "identity"
+    """What IdentityNet's cross-attention reads."""
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The networks that this stage runs."""
+        if self.objective == "reconstruct":
+            return ("vae",)
+        if self.objective == "recognize":
+            return ("vae", "recognizer")
+        found = ["vae", "text_encoder", "text_encoder_2", "unet"]
+        if self.identitynet:
+            found.append("identitynet")
+        if self.adapter:
+            found.append("adapter")
+        if self.adapter or (self.identitynet and self.identitynet_context == "identity"):
+            found.append("resampler")
+        return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Where the weights come from. Nothing is initialised silently: every network is named in one of the three ways."""
+
+    weights: str | None = None
+    """Folder of converted or trained weights; whatever is not listed below is read from it."""
+    from_base: tuple[str, ...] = ("identitynet", "adapter")
+    """identitynet: the UNet's encoder (with `add_embedding`) and zero convolutions; adapter: `to_k_ip`, `to_v_ip` from `to_k`, `to_v`."""
+    random: tuple[str, ...] = ("resampler",)
+    """Networks that start from random weights."""
+    condition_gain: float | None = None
+    """Variance gain of IdentityNet's keypoint convolutions. None is the published start (framework default, last layer zero), which
+    on a small budget hardly begins to learn; 2.5 keeps the signal's size through the six SiLU layers, and the last layer starts at half size."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The objective's shape. The defaults are the paper's plain noise-prediction loss (its equation 4)."""
+
+    weighting: Literal["none", "min_snr", "clipped_v"] = "none"
+    """Weight over noise levels (`diffusion.loss`)."""
+    min_snr_gamma: float = 5.0
+    clipped_v_limit: float = 8.0
+    noise_offset: float = 0.0
+    """Strength of noise that is constant over a picture, one number a channel; 0.05 is usual."""
+    input_perturbation: float = 0.0
+    """Strength of extra noise in the network's input that the target does not contain (arXiv 2301.11706); 0.1 is usual."""
+    timesteps: Literal["uniform", "stratified"] = "uniform"
+    """stratified spreads a batch's times evenly: the same distribution, less variance."""
+    timestep_bias: Literal["none", "earlier", "later", "range"] = "none"
+    """Draw some times more often: low noise (earlier), high noise (later), or those in `timestep_bias_range`."""
+    timestep_bias_portion: float = 0.25
+    """How large the preferred part is, for earlier and later."""
+    timestep_bias_range: tuple[int, int] = (0, 1000)
+    timestep_bias_factor: float = 1.0
+    """How many times likelier a preferred time is."""
+    face_weight: float = 0.0
+    """Extra weight of the loss inside the face box; 0 is none."""
+    identity_weight: float = 0.0
+    """Beyond the paper: weight of 1 - cos between the embedding that a small frozen recogniser reads in the predicted clean latent and the
+    reference's, times abar_t (a prediction from pure noise shows no face). Needs trained "recognizer" weights."""
+    kl_weight: float = 1e-6
+    """Autoencoder: weight of the KL divergence."""
+    gradient_weight: float = 0.5
+    """Autoencoder: weight of the L1 error of horizontal and vertical differences, which keeps edges sharp."""
+    crop: int | None = None
+    """Autoencoder: train on random crops of this many pixels; None is whole pictures."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule and its schedule."""
+
+    name: Literal["adamw", "adafactor", "lion", "prodigy"] = "adamw"
+    learning_rate: float = 1e-5
+    """Peak; for Prodigy leave it at 1."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    hold: float = 0.0
+    """Part of the steps after the warm-up before cosine or linear decay begins."""
+    final: float = 0.0
+    """Learning rate at the end of a decay, as a part of the peak."""
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    """Not applied to biases, norms and embeddings."""
+    clip_norm: float | None = 1.0
+    """Largest global gradient norm; None does not clip."""
+    multipliers: tuple[tuple[str, float], ...] = ()
+    """(pattern, factor): learning rate of matching parameters relative to the others; the first match counts."""
+    ema: float | None = None
+    """Decay of the moving average of the trained weights, e.g. 0.9999; None keeps none. It is min(ema, (1 + n) / (10 + n)) after n steps."""
+    accumulate: int = 1
+    """A batch is split into so many parts whose gradients are added: the same result in less memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; their product is the number of devices."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the whole state is saved and what is kept. The newest is always kept until a newer one is complete."""
+
+    every: int = 1000
+    keep: int = 2
+    """How many of the latest are kept."""
+    keep_best: int = 0
+    """How many of the best by `metric` are kept besides."""
+    metric: str = "validation/loss"
+    """Lower is better."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """What happens when a step goes wrong: loss or gradient not finite, or a loss beyond `spike` times its recent mean."""
+
+    policy: Literal["skip", "rewind", "stop"] = "skip"
+    """skip: the update is not applied. rewind: back to the last checkpoint, and past the bad batch. stop: exit with an error."""
+    spike: float | None = None
+    """None ignores spikes."""
+    limit: int = 10
+    """So many bad steps in a row end the run whatever the policy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is told while it runs."""
+
+    every: int = 50
+    """Steps between console lines and JSONL records."""
+    tensorboard: bool = False
+    bucket_count: int = 4
+    """Noise-level ranges that the loss is told for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """Held-out loss with fixed noise, and its change with the wrong person and the wrong pose; pictures of fixed people."""
+
+    every: int | None = None
+    """Steps between validations; None is never."""
+    batches: int = 4
+    split: str = "validation"
+    samples_every: int | None = None
+    """Steps between grids of pictures; None is never."""
+    samples: int = 8
+    """People in the grid."""
+    sample_steps: int = 20
+    guidance_scale: float = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    model: ModelConfig
+    steps: int = 10_000
+    seed: int = 0
+    """Decides everything random: order, dropout, times, noise."""
+    data: str = "data"
+    """Folder of a prepared data set (``python -m instantid_jax.data.prepare``)."""
+    data_split: str = "train"
+    out: str = "runs/instantid"
+    """Folder of the run: checkpoints, log, samples, exported weights."""
+    loader: LoaderConfig = LoaderConfig()
+    stage: StageConfig = StageConfig()
+    init: InitConfig = InitConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    compute: ComputeConfig = ComputeConfig()
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How frozen weights are stored; trained ones are always float32."""
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    log: LogConfig = LogConfig()
+    validation: ValidationConfig = ValidationConfig()
+
+    def __post_init__(self) -> None:
+        batch, parts = self.loader.global_batch, self.optimizer.accumulate
+        shards = self.mesh.data * self.mesh.fsdp
+        if batch % (parts * shards):
+            raise ConfigError(f"TrainConfig: loader.global_batch {batch} must be divisible by accumulate x data x fsdp = {parts * shards}")
+        for name in (*self.init.from_base, *self.init.random):
+            if name in self.init.from_base and name in self.init.random:
+                raise ConfigError(f"TrainConfig: init names {name!r} twice: from_base and random")
+        if unknown := set(self.init.from_base) - {"identitynet", "adapter"}:
+            raise ConfigError(f"TrainConfig: init.from_base knows identitynet and adapter, not {', '.join(sorted(unknown))}")

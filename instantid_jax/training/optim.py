@@ -1,0 +1,87 @@
+"""The optimizer: optax transformations in the order clip, update rule, weight decay, learning rate.
+
+The schedule is a function of the number of applied updates. Weight decay leaves biases, norm scales and embeddings alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+from instantid_jax.paths import first_match, map_paths
+from instantid_jax.training.config import OptimizerConfig
+
+__all__ = ["ema_decay", "learning_rate", "make_optimizer"]
+
+_UNDECAYED = ("bias", "scale", "embedding", "latents")
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate after n updates: linear warm-up to the peak, a hold, then the decay down to `final` at `steps`."""
+    peak, warmup = config.learning_rate, config.warmup
+    hold = round((steps - warmup) * (1.0 if config.schedule == "constant" else config.hold))
+    decay = max(steps - warmup - hold, 1)
+    if warmup > steps:
+        raise ValueError(f"optimizer.warmup {warmup} is longer than the run of {steps} steps")
+
+    def schedule(count: Any) -> jax.Array:
+        n = jnp.asarray(count, jnp.float32)
+        rising = jnp.minimum((n + 1) / (warmup + 1), 1.0)
+        part = jnp.clip((n - warmup - hold) / decay, 0.0, 1.0)
+        if config.schedule == "constant":
+            falling = jnp.ones_like(part)
+        elif config.schedule == "cosine":
+            falling = config.final + (1 - config.final) * 0.5 * (1 + jnp.cos(math.pi * part))
+        else:
+            falling = 1 - (1 - config.final) * part
+        return peak * rising * falling
+
+    return schedule
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The whole update as one optax transformation over the trained tree."""
+    rate = learning_rate(config, steps)
+    parts: list[optax.GradientTransformation] = []
+    if config.clip_norm is not None:
+        parts.append(optax.clip_by_global_norm(config.clip_norm))
+    decay = {"weight_decay": config.weight_decay, "mask": _decayed}
+    if config.name == "adamw":
+        parts.append(optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, **decay))
+    elif config.name == "lion":
+        parts.append(optax.lion(rate, b1=config.b1, b2=config.b2, **decay))
+    elif config.name == "adafactor":
+        parts.append(optax.adafactor(rate, weight_decay_rate=config.weight_decay or None, weight_decay_mask=_decayed))
+    else:
+        parts.append(optax.contrib.prodigy(rate, betas=(config.b1, config.b2), eps=config.eps, weight_decay=config.weight_decay))
+    if config.multipliers:
+        parts.append(_scale_by_path(config.multipliers))
+    return optax.chain(*parts)
+
+
+def _decayed(parameters: Any) -> Any:
+    """True where weight decay applies."""
+    return map_paths(lambda path, _: path.rsplit("/", 1)[-1] not in _UNDECAYED, parameters)
+
+
+def _scale_by_path(rules: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
+    def scale(updates: Mapping[str, Any], _: Any = None) -> Any:
+        def one(path: str, update: jax.Array) -> jax.Array:
+            factor = first_match(rules, path)
+            return update if factor is None else factor * update
+
+        return map_paths(one, updates)
+
+    return optax.stateless(scale)
+
+
+def ema_decay(limit: float, updates: jax.Array) -> jax.Array:
+    """Decay of the moving average after so many updates: short memory at first, so that the start is soon forgotten."""
+    n = updates.astype(jnp.float32)
+    return jnp.minimum(limit, (1 + n) / (10 + n))

@@ -1,0 +1,110 @@
+"""The state of a run: trained parameters, optimizer, moving average, step. Frozen weights are kept apart and never change.
+
+Trees of a training are nested dicts ``{network: parameters}``; `split` cuts one in two by path and `merge` puts it together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from instantid_jax.checkpoint import load_weights
+from instantid_jax.models import Network
+from instantid_jax.paths import Tree, flatten, map_paths, partition, unflatten
+from instantid_jax.training.config import InitConfig, StageConfig
+
+__all__ = ["InitError", "TrainState", "initial_parameters", "initial_state", "merge", "split"]
+
+
+class InitError(ValueError):
+    """Weights that a run cannot start from; the message names the network and the remedy."""
+
+
+class TrainState(NamedTuple):
+    """Everything that a training step changes."""
+
+    step: jax.Array
+    """Batches seen, int32."""
+    updates: jax.Array
+    """Updates applied, int32: fewer than the batches where bad ones were skipped."""
+    parameters: Tree
+    """The trained part, float32."""
+    optimizer: Any
+    ema: Tree
+    """Moving average of `parameters`; empty without one."""
+
+
+def split(tree: Mapping[str, Any], stage: StageConfig) -> tuple[Tree, Tree]:
+    """(trained, frozen) parts of ``{network: parameters}``. Raises `PathError` for a pattern that matches nothing."""
+    return partition(tree, stage.trainable)
+
+
+def merge(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Tree:
+    """The inverse of `split`."""
+    return unflatten(flatten(trained) | flatten(frozen))
+
+
+def initial_state(parameters: Tree, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
+    """State before the first step. `parameters` is the trained part."""
+    copy = jax.tree.map(jnp.array, parameters) if ema else {}
+    return TrainState(jnp.int32(0), jnp.int32(0), parameters, optimizer.init(parameters), copy)
+
+
+def initial_parameters(networks: Mapping[str, Network], init: InitConfig, key: jax.Array) -> Tree:
+    """Weights of every network, each from where `init` says."""
+    tree: Tree = {}
+    for number, (name, network) in enumerate(networks.items()):
+        if name in init.random:
+            tree[name] = network.init(jax.random.fold_in(key, number))
+        elif name not in init.from_base:
+            tree[name] = network.from_disk(load_weights(_folder(init, name)), name)
+    for number, (name, network) in enumerate(networks.items()):
+        if name in init.from_base:
+            start = network.init(jax.random.fold_in(key, 1000 + number))
+            tree[name] = {"identitynet": _identitynet, "adapter": _adapter}[name](start, tree["unet"])
+            if name == "identitynet" and init.condition_gain is not None:
+                tree[name] = _live_condition(tree[name], init.condition_gain, jax.random.fold_in(key, 2000))
+    return {name: tree[name] for name in networks}
+
+
+def _folder(init: InitConfig, name: str) -> Path:
+    if init.weights is None:
+        raise InitError(f"{name} has no start: name a folder in init.weights, or list it in init.random or init.from_base")
+    folder = Path(init.weights) / name
+    if not folder.is_dir():
+        raise InitError(f"{init.weights} has no weights of {name}; list it in init.random or init.from_base, or give another folder")
+    return folder
+
+
+def _identitynet(start: Tree, unet: Tree) -> Tree:
+    """The UNet's encoder with all its embeddings, `add_embedding` too; the keypoint convolutions and zero convolutions stay."""
+    base, own = flatten(unet), flatten(start)
+    new = {path for path in own if path.startswith("controlnet_")}
+    missing = sorted(path for path in own.keys() - new if path not in base or base[path].shape != own[path].shape)
+    if missing:
+        raise InitError(f"identitynet cannot start from this unet: {missing[0]} and {len(missing) - 1} others differ")
+    return unflatten({path: own[path] if path in new else base[path] for path in own})
+
+
+def _adapter(start: Tree, unet: Tree) -> Tree:
+    """Every `to_k_ip` and `to_v_ip` is the `to_k` or `to_v` of its site."""
+    base = flatten(unet)
+    return map_paths(lambda path, leaf: jnp.array(base[path.replace("_ip/", "/")]).reshape(leaf.shape), start)
+
+
+def _live_condition(tree: Tree, gain: float, key: jax.Array) -> Tree:
+    """Keypoint convolutions that keep the signal's size: normal with variance gain / fan-in; the last with half that deviation."""
+
+    def redraw(path: str, leaf: jax.Array) -> jax.Array:
+        if not path.startswith("controlnet_cond_embedding/") or not path.endswith("kernel"):
+            return leaf
+        number = sum(map(ord, path))
+        deviation = (gain / (leaf.shape[0] * leaf.shape[1] * leaf.shape[2])) ** 0.5 * (0.5 if "conv_out" in path else 1.0)
+        return deviation * jax.random.normal(jax.random.fold_in(key, number), leaf.shape)
+
+    return map_paths(redraw, tree)
