@@ -79,12 +79,30 @@ _TEST_SEEDS, _VALIDATION_SEEDS = range(1000), range(1000, 2000)
 Color = tuple[float, float, float]
 
 
+# Words for the axes of a head's shape that a recogniser notices most: number of the axis, word above, word below the middle.
+_SHAPE_WORDS = (
+    (10, "wide face", "narrow face"),
+    (18, "downturned brows", "upturned brows"),
+    (20, "high brows", "low brows"),
+    (36, "wide-set eyes", "close-set eyes"),
+    (46, "upturned nose", "drooping nose"),
+    (50, "long nose", "short nose"),
+    (57, "wide nose", "narrow nose"),
+    (61, "full cheeks", "hollow cheeks"),
+    (74, "wide mouth", "small mouth"),
+    (77, "high mouth", "low mouth"),
+    (85, "long chin", "short chin"),
+    (90, "wide jaw", "narrow jaw"),
+)
+_NOTABLE = 0.7  # standard deviations from the middle at which a word is said
+
+
 class PortraitError(ValueError):
     """A portrait that cannot be made as asked."""
 
 
 def split(identity_seed: int) -> str:
-    """ "test" for identities 0 to 999, "validation" for 1000 to 1999, "train" from 2000 on: no person is in two of them."""
+    """The split of an identity: 0 to 999 "test", 1000 to 1999 "validation", from 2000 on "train". No person is in two of them."""
     if identity_seed < 0:
         raise PortraitError(f"split: identity seeds are 0 or more, got {identity_seed}")
     if identity_seed in _TEST_SEEDS:
@@ -98,7 +116,7 @@ class Identity:
 
     seed: int
     sex: str
-    """"man" or "woman"."""
+    """Either "man" or "woman"."""
     age: float
     """0 (about 20 years) to 1 (about 80)."""
     ethnicity: np.ndarray
@@ -120,6 +138,8 @@ class Identity:
     eyes: Color
     eye_color: str
     freckles: float
+    shape_words: tuple[str, ...]
+    """What is notable about the head's shape, such as "long nose"."""
 
     @property
     def age_word(self) -> str:
@@ -282,7 +302,7 @@ class PortraitWorld:
     def render(self, identity: Identity, view: View, size: int | None = None) -> Portrait:
         """The portrait, `size` (default `image_size`) pixels wide and high. Raises `PortraitError` without numba."""
         rasterizer = _import_rasterizer()
-        size = size or self.image_size
+        size = self.image_size if size is None else size
         heads, edges = load_heads(), view.hair_line.edges()
         mesh = _dressed(heads, identity, view, rasterizer, edges)
         turned, points = self._project(heads, mesh.vertices, view)
