@@ -15,8 +15,9 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from instantid_jax.data.record import DataError, Record, to_example
+from instantid_jax.data.sources import quiet_tfds
 
-__all__ = ["BeamRecordBuilder", "Job", "RecordBuilder", "example_of", "features", "write_dataset"]
+__all__ = ["BeamRecordBuilder", "Job", "RecordBuilder", "example_of", "features", "refuse_existing", "write_dataset"]
 
 NAME = "instantid_records"
 
@@ -109,6 +110,13 @@ class BeamRecordBuilder(_Builder, skip_registration=True):
         return {split: records | f"Example {split}" >> beam.Map(example_of) for split, records in self._job.beam_records(pipeline).items()}
 
 
+def refuse_existing(out: str) -> None:
+    """Raises `DataError` where `out` holds a data set already."""
+    existing = epath.Path(out) / NAME
+    if existing.exists():
+        raise DataError(f"{existing}: there is a data set already; name another folder or remove it")
+
+
 def write_dataset(
     job: Job,
     out: str,
@@ -122,9 +130,7 @@ def write_dataset(
     With `beam_runner` (a Beam runner's name, such as "DirectRunner", "DataflowRunner", "FlinkRunner" or "SparkRunner") the work
     is done on Beam with `beam_options`, command-line flags of Beam. Raises `DataError` where `out` holds a data set already.
     """
-    existing = epath.Path(out) / NAME
-    if existing.exists():
-        raise DataError(f"{existing}: there is a data set already; name another folder or remove it")
+    refuse_existing(out)
     config = tfds.download.DownloadConfig(try_download_gcs=False, num_shards=num_shards)
     if beam_runner is None:
         builder: Any = RecordBuilder(job, out)
@@ -136,6 +142,6 @@ def write_dataset(
         builder = BeamRecordBuilder(job, out)
         config.beam_runner, config.beam_options = beam_runner, PipelineOptions(list(beam_options))
     tfds.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as unused:
+    with quiet_tfds(), tempfile.TemporaryDirectory() as unused:
         builder.download_and_prepare(download_dir=unused, download_config=config)
     return epath.Path(builder.data_dir)

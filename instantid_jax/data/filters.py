@@ -1,7 +1,8 @@
 """Which inputs become records: each filter refuses with a code that is counted and a sentence that names the sample.
 
-`Examiner` decides on one input alone, so it runs anywhere and in any order. Duplicates are a matter between records; their
-`fingerprint` is taken here, and whoever sees all of them keeps the first.
+`Examiner` decides on one input alone, so it runs anywhere and in any order. Duplicates are a matter between records: a record is
+refused where an earlier one has nearly its `fingerprint`. To find such pairs among millions, fingerprints that differ in at most
+7 of 256 bits are equal in at least one of 8 bands of 32 bits, so only records that share a band are compared.
 """
 
 from __future__ import annotations
@@ -24,7 +25,23 @@ from instantid_jax.face.errors import FaceError
 from instantid_jax.face.identity import check_embedding, examine_photo, largest_face
 from instantid_jax.face.keypoints import keypoints_outside
 
-__all__ = ["Accepted", "Examiner", "FilterConfig", "FirstSeen", "fingerprint", "split_by_share"]
+__all__ = [
+    "Accepted",
+    "Examiner",
+    "FilterConfig",
+    "FirstSeen",
+    "alike",
+    "bands",
+    "fingerprint",
+    "refuse_duplicate",
+    "refuse_key",
+    "split_by_share",
+]
+
+
+_BRIGHTER = 4
+_BAND = 4
+_DIFFERENT_BITS = 7
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,7 @@ class FilterConfig:
     licence: bool = False
     """Whether there must be a licence. [no_licence]"""
     duplicates: Literal["picture", "bytes", "none"] = "picture"
-    """What is refused as a duplicate: the same picture also when resized or compressed anew, only the same file, or nothing. [duplicate]"""
+    """What is refused as a duplicate: nearly the same picture (resized, compressed anew), only the same file, or nothing. [duplicate]"""
     search_harder: bool = False
     """Whether photos without a face are tried again at other detector sizes and with borders, at up to twelve times the time."""
 
@@ -66,19 +83,29 @@ class Accepted:
 
 
 def fingerprint(data: bytes, image: Image.Image, kind: str) -> bytes:
-    """What two duplicates have in common: 32 bytes, or none for ``kind="none"``.
+    """32 bytes that duplicates share, wholly or nearly; none for ``kind="none"``.
 
-    "bytes" is the file's SHA-256. "picture" is 256 signs of horizontal brightness steps over a 17 x 16 miniature (a difference
-    hash) with the aspect ratio; it survives resizing and compression.
+    "bytes" is the file's SHA-256. "picture" is a difference hash: for each place of a 16 x 16 grid one bit, whether its right
+    neighbour is brighter by more than four levels; resizing and compression change few of them.
     """
     if kind == "none":
         return b""
     if kind == "bytes":
         return hashlib.sha256(data).digest()
     gray = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BOX), np.int16)
-    signs = np.packbits(gray[:, 1:] > gray[:, :-1]).tobytes()
-    aspect = round(16 * image.width / image.height)
-    return hashlib.sha256(signs + aspect.to_bytes(4, "big")).digest()
+    return np.packbits(gray[:, 1:] - gray[:, :-1] > _BRIGHTER).tobytes()
+
+
+def bands(mark: bytes, kind: str) -> list[bytes]:
+    """What duplicates have in common at least one of."""
+    if not mark or kind == "bytes":
+        return [mark] if mark else []
+    return [bytes([i]) + mark[i : i + _BAND] for i in range(0, len(mark), _BAND)]
+
+
+def alike(a: bytes, b: bytes, kind: str) -> bool:
+    """Whether two fingerprints are of duplicates."""
+    return a == b or (kind == "picture" and (int.from_bytes(a) ^ int.from_bytes(b)).bit_count() <= _DIFFERENT_BITS)
 
 
 def split_by_share(candidate: Candidate, share: float) -> str:
@@ -232,21 +259,35 @@ def _require(good: bool, code: str, message: str) -> None:
 
 
 class FirstSeen:
-    """Lets the first of equal keys and of duplicates pass, in the order in which they are shown; about 100 bytes a record."""
+    """Lets the first of equal keys and of duplicates pass, in the order in which they are shown; about 2 kB a record."""
 
-    def __init__(self) -> None:
-        self._seen: dict[bytes, str] = {}
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._keys: set[bytes] = set()
+        self._marks: list[tuple[bytes, str]] = []
+        self._bands: dict[bytes, list[int]] = {}
 
     def __call__(self, accepted: Accepted) -> Accepted | Refusal:
         """What is given, or its refusal as "duplicate_key" or "duplicate"."""
-        record = accepted.record
-        by_key = b"k" + hashlib.sha256(record.key.encode("utf-8")).digest()[:11]
-        if by_key in self._seen:
-            return Refusal(record.key, "duplicate_key", f"{record.key}: another record has this key", record.source)
-        if accepted.fingerprint:
-            by_look = b"p" + accepted.fingerprint[:11]
-            if by_look in self._seen:
-                return Refusal(record.key, "duplicate", f"{record.key}: is the same picture as {self._seen[by_look]}", record.source)
-            self._seen[by_look] = record.key
-        self._seen[by_key] = ""
-        return accepted
+        record, mark = accepted.record, accepted.fingerprint
+        key = hashlib.sha256(record.key.encode("utf-8")).digest()[:16]
+        if key in self._keys:
+            return refuse_key(accepted)
+        self._keys.add(key)
+        shared = bands(mark, self._kind)
+        near = sorted({i for band in shared for i in self._bands.get(band, ())})
+        first = next((self._marks[i][1] for i in near if alike(mark, self._marks[i][0], self._kind)), None)
+        for band in shared:
+            self._bands.setdefault(band, []).append(len(self._marks))
+        self._marks.append((mark, record.key))
+        return accepted if first is None else refuse_duplicate(accepted, first)
+
+
+def refuse_key(accepted: Accepted) -> Refusal:
+    """The refusal of a record whose key another one has."""
+    return Refusal(accepted.record.key, "duplicate_key", f"{accepted.record.key}: another record has this key", accepted.record.source)
+
+
+def refuse_duplicate(accepted: Accepted, first: str) -> Refusal:
+    """The refusal of a record that shows the same picture as the record `first`."""
+    return Refusal(accepted.record.key, "duplicate", f"{accepted.record.key}: is the same picture as {first}", accepted.record.source)

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from instantid_jax.data.builder import write_dataset
-from instantid_jax.data.filters import Accepted, Examiner, FirstSeen
+from instantid_jax.data.builder import refuse_existing, write_dataset
+from instantid_jax.data.filters import Accepted, Examiner, FirstSeen, alike, bands, refuse_duplicate, refuse_key
 from instantid_jax.data.inputs import Candidate, Reader, Refusal
 from instantid_jax.data.record import DataError, Record
 from instantid_jax.data.sources import DatasetSource
@@ -72,7 +72,7 @@ class PrepareJob:
         self.quarantine.mkdir(parents=True, exist_ok=True)
         self._inputs = 0
         self._codes: collections.Counter[str] = collections.Counter()
-        first = FirstSeen()
+        first = FirstSeen(self.examiner.config.duplicates)
         return {split: self._split_records(split, first) for split in self.examiner.splits}
 
     def _split_records(self, split: str, first: FirstSeen) -> Iterator[Record]:
@@ -133,17 +133,29 @@ class PrepareJob:
             | "Spread entries" >> beam.Reshuffle()
         )
         examined = entries | "Examine" >> beam.Map(_Examine(examiner))
-        refused = [examined | "Refused" >> beam.Filter(lambda v: isinstance(v, Refusal))]
-        accepted = examined | "Accepted" >> beam.Filter(lambda v: isinstance(v, Accepted))
-        for name, group in (("key", _by_key), ("look", _by_look)):
-            kept = (
+        refused = [examined | "Refused" >> beam.Filter(_is_refusal)]
+        by_key = (
+            examined
+            | "Accepted" >> beam.Filter(_is_accepted)
+            | "By key" >> beam.Map(lambda a: (a.record.key, a))
+            | "Group keys" >> beam.GroupByKey()
+            | "First of a key" >> beam.FlatMap(_first_of_key)
+        )
+        refused.append(by_key | "Same key" >> beam.Filter(_is_refusal))
+        accepted = by_key | "Unique key" >> beam.Filter(_is_accepted)
+        if examiner.config.duplicates != "none":
+            doubles = _Doubles(examiner.config.duplicates, examiner.splits)
+            marks = (  # fingerprints alone travel here, not pictures
                 accepted
-                | f"By {name}" >> beam.Map(group)
-                | f"Group by {name}" >> beam.GroupByKey()
-                | f"First by {name}" >> beam.FlatMap(_KeepFirst(name, examiner.splits))
+                | "Bands" >> beam.FlatMap(doubles.bands)
+                | "Group bands" >> beam.GroupByKey()
+                | "Pairs" >> beam.FlatMap(doubles.pairs)
+                | "Earliest" >> beam.CombinePerKey(min)
             )
-            refused.append(kept | f"Doubles by {name}" >> beam.Filter(lambda v: isinstance(v, Refusal)))
-            accepted = kept | f"Firsts by {name}" >> beam.Filter(lambda v: isinstance(v, Accepted))
+            records = accepted | "By unique key" >> beam.Map(lambda a: (a.record.key, a))
+            judged = (records, marks) | "Join" >> beam.CoGroupByKey() | "Judge" >> beam.FlatMap(_judge)
+            refused.append(judged | "Doubles" >> beam.Filter(_is_refusal))
+            accepted = judged | "Singles" >> beam.Filter(_is_accepted)
         refusals = refused | "All refused" >> beam.Flatten()
         prefix = str(self.quarantine / "refused")
         _ = refusals | "Lines" >> beam.Map(Refusal.to_json) | "Quarantine" >> WriteToText(prefix, ".jsonl")
@@ -169,24 +181,45 @@ class _Examine:
         return entry if isinstance(entry, Refusal) else self._examiner(entry)
 
 
-def _by_key(accepted: Accepted) -> tuple[str, Accepted]:
-    return accepted.record.key, accepted
+def _is_refusal(verdict: Accepted | Refusal) -> bool:
+    return isinstance(verdict, Refusal)
 
 
-def _by_look(accepted: Accepted) -> tuple[str, Accepted]:
-    return accepted.fingerprint.hex() or f"key {accepted.record.key}", accepted
+def _is_accepted(verdict: Accepted | Refusal) -> bool:
+    return isinstance(verdict, Accepted)
 
 
-class _KeepFirst:
-    """Of a group that shares a key or a look, lets pass the one of the first split with the smallest key."""
+def _first_of_key(group: tuple[str, Iterable[Accepted]]) -> Iterator[Accepted | Refusal]:
+    first, *others = sorted(group[1], key=lambda a: (a.fingerprint, a.record.image))
+    yield first
+    yield from map(refuse_key, others)
 
-    def __init__(self, name: str, splits: tuple[str, ...]) -> None:
-        self._name, self._splits = name, splits
 
-    def __call__(self, group: tuple[str, Iterable[Accepted]]) -> Iterator[Accepted | Refusal]:
-        members = sorted(group[1], key=lambda a: (self._splits.index(a.record.split), a.record.key, a.fingerprint))
-        first = FirstSeen()
-        yield from map(first, members)
+class _Doubles:
+    """Finds, among fingerprints that share a band, those with an alike one before them: by split, then by key."""
+
+    def __init__(self, kind: str, splits: tuple[str, ...]) -> None:
+        self._kind, self._splits = kind, splits
+
+    def bands(self, accepted: Accepted) -> Iterator[tuple[bytes, tuple[int, str, bytes]]]:
+        """(band, (split's number, key, fingerprint)) for each band of a record."""
+        place = self._splits.index(accepted.record.split), accepted.record.key, accepted.fingerprint
+        return ((band, place) for band in bands(accepted.fingerprint, self._kind))
+
+    def pairs(self, group: tuple[bytes, Iterable[tuple[int, str, bytes]]]) -> Iterator[tuple[str, tuple[int, str]]]:
+        """(key, (split's number, key) of the first record that it repeats)."""
+        firsts: dict[bytes, tuple[int, str]] = {}
+        for number, key, mark in sorted(group[1]):
+            earlier = next((place for other, place in firsts.items() if alike(mark, other, self._kind)), None)
+            if earlier is not None:
+                yield key, earlier
+            firsts.setdefault(mark, (number, key))
+
+
+def _judge(group: tuple[str, tuple[Iterable[Accepted], Iterable[tuple[int, str]]]]) -> Iterator[Accepted | Refusal]:
+    (accepted,), earlier = group[1]
+    found = min(earlier, default=None)
+    yield accepted if found is None else refuse_duplicate(accepted, found[1])
 
 
 def ordered_map(function: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:
@@ -220,7 +253,8 @@ def prepare(
 
     `workers` threads examine photos where there is no Beam. Raises `DataError` where nothing passes or the totals do not balance.
     """
-    quarantine = epath.Path(out) / "quarantine"
+    refuse_existing(out)
+    quarantine = epath.Path(out) / "quarantine"  # one of an interrupted run may lie there
     if quarantine.exists():
         quarantine.rmtree()
     job = PrepareJob(reader, examiner, str(quarantine), workers)

@@ -28,7 +28,7 @@ import tyro
 from instantid_jax.data.filters import Examiner, FilterConfig
 from instantid_jax.data.inputs import FolderReader, ManifestReader, Reader, WebDatasetReader
 from instantid_jax.data.record import DataError
-from instantid_jax.data.sources import DatasetSource, RecordSource, find_dataset
+from instantid_jax.data.sources import RecordSource, splits_of
 from instantid_jax.data.transforms import aspect_buckets, assign_buckets
 from instantid_jax.face.analyzer import load_analyzer
 
@@ -207,7 +207,7 @@ class Cache:
         start = time.monotonic()
         sizes = aspect_buckets(self.resolution) if self.buckets else ((self.resolution, self.resolution),)
         config = CacheConfig(sizes, self.batch, self.dtype, self.random_crop, self.keep_images, self.workers, self.part)
-        folder = cache(_open_all(self.data), str(self.out), config, *load_encoders(self.weights, self.text))
+        folder = cache(splits_of(self.data), str(self.out), config, *load_encoders(self.weights, self.text))
         print(f"{folder} written in {time.monotonic() - start:.1f} s")
         return 0
 
@@ -221,7 +221,7 @@ class Index:
 
     def run(self) -> int:
         """Builds what is missing."""
-        _print(f"{split}: {len(source.index)} rows" for split, source in _open_all(self.data).items())
+        _print(f"{split}: {len(source.index)} rows" for split, source in splits_of(self.data).items())
         return 0
 
 
@@ -236,18 +236,11 @@ class Inspect:
 
     def run(self) -> int:
         """Prints."""
-        for split, source in _open_all(self.data).items():
+        for split, source in splits_of(self.data).items():
             _print(_describe(split, source))
             for i in range(min(self.rows, len(source))):
                 _print(_describe_record(source, i))
         return 0
-
-
-def _open_all(path: Path) -> dict[str, RecordSource]:
-    import tensorflow_datasets as tfds
-
-    folder = find_dataset(path)
-    return {split: DatasetSource(folder, split) for split in sorted(tfds.builder_from_directory(folder).info.splits)}
 
 
 def _describe(split: str, source: RecordSource) -> list[str]:

@@ -7,9 +7,11 @@ that sixty million rows cost a start no memory and no time.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -29,6 +31,8 @@ __all__ = [
     "find_dataset",
     "identity_label",
     "open_source",
+    "quiet_tfds",
+    "splits_of",
 ]
 
 
@@ -124,6 +128,14 @@ class MemorySource:
         return self._index
 
 
+@contextlib.contextmanager
+def quiet_tfds() -> Iterator[None]:
+    """Keeps back that TFDS calls what protobuf 6 deprecates; with protobuf 7 it calls the new name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"label\(\) is deprecated", category=DeprecationWarning)
+        yield
+
+
 class DatasetSource:
     """One split of a TFDS data set in ArrayRecord form.
 
@@ -136,12 +148,14 @@ class DatasetSource:
             raise DataError(f"{self.directory}: holds no dataset_info.json; name the folder that `instantid_jax.data.prepare` wrote")
         import tensorflow_datasets as tfds
 
-        builder: Any = tfds.builder_from_directory(self.directory)
+        with quiet_tfds():
+            builder: Any = tfds.builder_from_directory(self.directory)
         if split not in builder.info.splits:
             raise DataError(f"{self.directory}: has no split {split!r}, only {', '.join(sorted(builder.info.splits)) or 'none'}")
         # Examples stay bytes here: parsing only what a record needs is five times as fast as decoding every feature.
         self._index: SourceIndex | None = None
-        self._rows = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        with quiet_tfds():
+            self._rows = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -214,6 +228,16 @@ def find_dataset(path: str | os.PathLike[str]) -> Path:
         found = f"{len(below)} data sets ({', '.join(map(str, below[:4]))})" if below else "no dataset_info.json"
         raise DataError(f"{folder}: holds {found}; name the folder of one data set that `instantid_jax.data.prepare` wrote")
     return below[0]
+
+
+def splits_of(path: str | os.PathLike[str]) -> dict[str, RecordSource]:
+    """Every split of a data set by name, sorted."""
+    import tensorflow_datasets as tfds
+
+    folder = find_dataset(path)
+    with quiet_tfds():
+        names = sorted(tfds.builder_from_directory(folder).info.splits)
+    return {name: DatasetSource(folder, name) for name in names}
 
 
 class SameIdentity:
