@@ -250,6 +250,8 @@ class PortraitWorld:
         weight = float(random.uniform(-0.8, 0.8))
         share = np.array([_PART_SHARE.get(name.split("/")[0], 1.0) for name in heads.axis_names])
         axes = np.clip(random.normal(0, self.shape_strength, len(share)) * share, -1, 1).astype(np.float32)
+        said = axes / (self.shape_strength * share)
+        shape_words = tuple(high if said[i] > 0 else low for i, high, low in _SHAPE_WORDS if abs(said[i]) > _NOTABLE)
         maleness = float(random.uniform(0.75, 1.0))
         coefficients = heads.coefficients(axes, ethnicity, maleness if sex == "man" else 1 - maleness, age, weight)
         skin = _skin_color(ethnicity, random)
@@ -267,6 +269,7 @@ class PortraitWorld:
             seed, sex, age, ethnicity, weight, heads.vertices(coefficients), _color(skin), _color(lips),
             _color(np.array(HAIR_COLORS[brow_color]) / 255 * 0.8), brow_color, float(random.uniform(0.055, 0.13)), float(random.uniform(0.6, 0.95)),
             beard, float(density[beard]), _color(np.array(_EYES[eye_color]) / 255 * random.uniform(0.8, 1.2)), eye_color, freckles,
+            shape_words,
         )  # fmt: skip
 
     def view(self, identity: Identity, seed: int) -> View:
@@ -350,9 +353,18 @@ class PortraitWorld:
         person = " ".join(words)
         article = "an" if person[0] in "aeiou" else "a"
         start = f"{prefix} of {article} {person}" + (f" with {' and '.join(extras)}" if extras else "")
+        if identity_words:
+            start += ", " + ", ".join(self._looks(identity))
         expression = "neutral expression" if view.expression == "neutral" else view.expression
         setting = "" if view.style in _WITHOUT_COLOR else f", {view.background} background"
         return f"{start}, {expression}{setting}"
+
+    def _looks(self, identity: Identity) -> list[str]:
+        """What can be said of a face: its colours, and what is notable about its shape."""
+        light = np.dot(identity.skin, (0.3, 0.6, 0.1))
+        skin = "dark" if light < 0.38 else "tan" if light < 0.62 else "fair"
+        brows = "thick" if identity.brow_width > 0.1 else "thin" if identity.brow_width < 0.075 else "medium"
+        return [f"{skin} skin", f"{identity.eye_color} eyes", f"{brows} {identity.brow_color} brows", *identity.shape_words]
 
     def labels(self, identity: Identity, view: View) -> dict[str, str]:
         """What is drawn, one word or two for each attribute."""
