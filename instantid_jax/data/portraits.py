@@ -336,7 +336,7 @@ class PortraitWorld:
         return turned, np.stack([x, y], 1).astype(np.float32)
 
     def caption(self, identity: Identity, view: View, identity_words: bool) -> str:
-        """The prompt of a portrait; `identity_words` adds what tells who it is (age, ethnicity, sex, beard)."""
+        """The prompt of a portrait; `identity_words` adds what tells who it is: age, ethnicity, sex, beard and looks."""
         prefix = {"photo": "photo", "sketch": "pencil sketch", "noir": "film noir photo", "watercolor": "watercolor painting"}.get(
             view.style, view.style
         )

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from instantid_jax.data import portrait_asset, portrait_styles
+from instantid_jax.data import portrait_asset, portrait_styles, portraits
 from instantid_jax.data.portrait_head import HairLine, load_heads
 from instantid_jax.data.portraits import BACKGROUNDS, EXPRESSIONS, HAIR_COLORS, HAIR_STYLES, PortraitError, PortraitWorld, split
 from instantid_jax.face import draw_kps
@@ -151,9 +151,13 @@ def test_what_belongs_to_whom():
 
 
 def test_captions():
-    person = dataclasses.replace(PHOTOS.identity(0), sex="man", age=0.9, ethnicity=np.array([0.1, 0.6, 0.3]), beard="full")
+    looks = {"skin": (0.9, 0.8, 0.7), "eye_color": "green", "brow_width": 0.12, "brow_color": "black", "shape_words": ("long nose", "wide jaw")}
+    person = dataclasses.replace(PHOTOS.identity(0), sex="man", age=0.9, ethnicity=np.array([0.1, 0.6, 0.3]), beard="full", **looks)
     view = front(PHOTOS, person, hair_style="short", hair_color="brown", background="blue", expression="smiling")
-    assert PHOTOS.caption(person, view, True) == "photo of an old asian man with a beard and short brown hair, smiling, blue background"
+    assert PHOTOS.caption(person, view, True) == (
+        "photo of an old asian man with a beard and short brown hair, fair skin, green eyes, thick black brows, long nose, wide jaw, smiling, "
+        "blue background"
+    )
     assert PHOTOS.caption(person, view, False) == "photo of a person with short brown hair, smiling, blue background"
     bald = dataclasses.replace(view, hair_style="bald", expression="neutral", glasses=True, style="watercolor")
     assert PHOTOS.caption(person, bald, False) == "watercolor painting of a bald person with glasses, neutral expression, blue background"
@@ -161,6 +165,22 @@ def test_captions():
     assert PHOTOS.caption(person, dataclasses.replace(view, style="sketch"), False) == "pencil sketch of a person with short brown hair, smiling"
     assert PHOTOS.caption(person, dataclasses.replace(view, style="noir"), False).startswith("film noir photo of a person")
     assert PHOTOS.caption(person, dataclasses.replace(view, style="pixel art"), False).startswith("pixel art of a person")
+
+
+def test_words_for_shapes_belong_to_the_axes_that_move_them():
+    heads = load_heads()
+    nouns = {"head": "face", "eyebrows": "brows", "eyes": "eyes", "nose": "nose", "cheek": "cheeks", "mouth": "mouth", "chin": ("chin", "jaw")}
+    for number, *words in portraits._SHAPE_WORDS:
+        part = heads.axis_names[number].split("/")[0]
+        assert all(word.endswith(nouns[part]) for word in words), (part, words)
+    # What is said can be measured.
+    said = {word: [] for word in ("wide mouth", "small mouth")}
+    for person in map(PHOTOS.identity, range(120)):
+        left, right = person.vertices[heads.corners[1:], 0]
+        for word in said:
+            if word in person.shape_words:
+                said[word].append(right - left)
+    assert np.mean(said["wide mouth"]) > 1.1 * np.mean(said["small mouth"])
 
 
 def test_view_changes_the_picture_as_its_words_say():
