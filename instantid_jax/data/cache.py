@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from instantid_jax.data.builder import write_dataset
 from instantid_jax.data.order import uniform
 from instantid_jax.data.preparation import ordered_map
 from instantid_jax.data.record import CachedLatents, CachedText, DataError, Record, View
-from instantid_jax.data.sources import RecordSource, identity_label
+from instantid_jax.data.sources import DatasetSource, RecordSource, identity_label
 from instantid_jax.data.transforms import assign_buckets, choose_view, decode_photo, render_view
 from instantid_jax.models import Network, build_networks
 from instantid_jax.paths import flatten
@@ -124,7 +124,7 @@ def load_encoders(weights: str | Path, text: bool, dtype: str = "float32") -> tu
 class CacheJob:
     """Rewrites the splits of a data set with encoder output; a `builder.Job`."""
 
-    def __init__(self, sources: dict[str, RecordSource], config: CacheConfig, latents: LatentEncoder, text: TextEncoder | None = None) -> None:
+    def __init__(self, sources: Mapping[str, RecordSource], config: CacheConfig, latents: LatentEncoder, text: TextEncoder | None = None) -> None:
         self.sources, self.config, self._latents, self._text = sources, config, latents, text
 
     def rows(self, split: str) -> range:
@@ -180,10 +180,8 @@ class CacheJob:
             yield dataclasses.replace(record, latents=latents, text=text, image=record.image if self.config.keep_images else b"")
 
 
-def cache(sources: dict[str, RecordSource], out: str, config: CacheConfig, latents: LatentEncoder, text: TextEncoder | None = None) -> Path:
+def cache(sources: Mapping[str, RecordSource], out: str, config: CacheConfig, latents: LatentEncoder, text: TextEncoder | None = None) -> Path:
     """Writes the data set with encoder output below `out` and returns its folder. Raises `DataError` where rows are missing in the end."""
-    from instantid_jax.data.sources import DatasetSource
-
     job = CacheJob(sources, config, latents, text)
     folder = Path(write_dataset(job, out))
     for split in job.records():

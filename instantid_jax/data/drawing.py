@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,6 +22,7 @@ LANDMARK_COLOR = (255, 255, 255)
 _STICK_HALF_WIDTH, _STICK_BRIGHTNESS, _DISC_RADIUS, _LANDMARK_RADIUS = 4.0, 0.6, 10.0, 3.0
 _OVERHANG = 0.5
 _NOSE, _STICKS = 2, (0, 1, 3, 4)
+_STICK_COLORS = [tuple(round(c * _STICK_BRIGHTNESS) for c in KEYPOINT_COLORS[i]) for i in _STICKS]
 _SHIFT = 4  # fractional bits of OpenCV's coordinates: a 16th of a pixel
 _ANGLES = np.linspace(0.0, 2 * math.pi, 24, endpoint=False)
 _CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
@@ -49,18 +51,20 @@ def draw_keypoints(size: tuple[int, int], kps: np.ndarray, scale: float = 1.0, l
     canvas = np.zeros((size[1] * finer, size[0] * finer, 3), np.uint8)
     reach = 4 * max(size)
     points, scale = np.clip(points, -reach, reach) * finer, scale * finer
-    for i in _STICKS:
-        axis = points[i] - points[_NOSE]
-        length = math.hypot(*axis)
-        along = axis / length if length > 0 else np.array([1.0, 0.0])
-        across = np.array([-along[1], along[0]]) * max((_STICK_HALF_WIDTH + _OVERHANG) * scale - _OVERHANG, 0.0)
-        outline = (points[i] + points[_NOSE]) / 2 + _CIRCLE[:, :1] * axis / 2 + _CIRCLE[:, 1:] * across
-        color = tuple(round(c * _STICK_BRIGHTNESS) for c in KEYPOINT_COLORS[i])
-        cv2.fillConvexPoly(canvas, _fixed(outline), color, cv2.LINE_8, _SHIFT)
-    discs = [] if landmarks is None else [(point * finer, LANDMARK_COLOR, _LANDMARK_RADIUS) for point in np.clip(landmarks, -reach, reach)]
-    discs += [(point, color, _DISC_RADIUS) for point, color in zip(points, KEYPOINT_COLORS, strict=True)]
-    for point, color, radius in discs:
-        x, y = _fixed(point).tolist()
+    ends = points[list(_STICKS)]
+    axes = ends - points[_NOSE]
+    lengths = np.hypot(axes[:, 0], axes[:, 1])[:, None]
+    along = np.where(lengths > 0, axes / np.maximum(lengths, 1e-9), (1.0, 0.0))
+    across = along[:, ::-1] * (-1, 1) * max((_STICK_HALF_WIDTH + _OVERHANG) * scale - _OVERHANG, 0.0)
+    outlines = ((ends + points[_NOSE]) / 2)[:, None] + _CIRCLE[None, :, :1] * axes[:, None] / 2 + _CIRCLE[None, :, 1:] * across[:, None]
+    for outline, color in zip(_fixed(outlines), _STICK_COLORS, strict=True):
+        cv2.fillConvexPoly(canvas, outline, color, cv2.LINE_8, _SHIFT)
+    discs: list[tuple[np.ndarray, Sequence[tuple[int, int, int]], float]] = [(points, KEYPOINT_COLORS, _DISC_RADIUS)]
+    if landmarks is not None:
+        places = np.clip(np.asarray(landmarks, np.float64), -reach, reach) * finer
+        discs.insert(0, (places, (LANDMARK_COLOR,) * len(places), _LANDMARK_RADIUS))
+    for centers, colors, radius in discs:
         pixels = max((radius + _OVERHANG) * scale - _OVERHANG, 0.0)
-        cv2.circle(canvas, (x, y), round(pixels * (1 << _SHIFT)), color, -1, cv2.LINE_8, _SHIFT)
+        for center, color in zip(_fixed(centers).tolist(), colors, strict=True):
+            cv2.circle(canvas, center, round(pixels * (1 << _SHIFT)), color, -1, cv2.LINE_8, _SHIFT)
     return canvas if finer == 1 else cv2.resize(canvas, size, interpolation=cv2.INTER_AREA)

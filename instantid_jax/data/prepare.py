@@ -218,10 +218,12 @@ class Index:
 
     data: Annotated[Path, tyro.conf.Positional]
     """Folder of the data set."""
+    workers: int = 1
+    """Processes, each of which reads a part of the rows."""
 
     def run(self) -> int:
         """Builds what is missing."""
-        _print(f"{split}: {len(source.index)} rows" for split, source in splits_of(self.data).items())
+        _print(f"{split}: {len(source.build_index(self.workers))} rows" for split, source in splits_of(self.data).items())
         return 0
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "decode_array",
     "encode_array",
     "parse_example",
+    "parse_index_fields",
     "to_example",
 ]
 
@@ -219,16 +220,28 @@ def _example_class() -> Any:
     return tf_example_pb2.Example  # type: ignore[attr-defined]
 
 
+def _features(data: bytes, where: str) -> Any:
+    try:
+        return _example_class().FromString(data).features.feature
+    except Exception as error:  # protobuf's DecodeError moves between its backends
+        raise DataError(f"{where}: is not a tf.train.Example ({error})") from error
+
+
+def parse_index_fields(data: bytes, where: str = "record") -> tuple[tuple[int, ...], tuple[int, ...], str]:
+    """(size, size of the cached view or zeros, identity) out of a serialised example, and nothing else of it. Raises `DataError`."""
+    feature = _features(data, where)
+    size, view, identity = feature["size"].int64_list.value, feature["latent_view"].int64_list.value, feature["identity"].bytes_list.value
+    if (len(size), len(view), len(identity)) != (2, 6, 1):
+        raise DataError(f"{where}: has no size, latent_view or identity; prepare the data set again with this version")
+    return tuple(size), tuple(view[4:]), identity[0].decode("utf-8")
+
+
 def parse_example(data: bytes, where: str = "record") -> Record:
     """A record out of a serialised `tf.train.Example`; arrays are views or copies, the picture stays encoded.
 
     Raises `DataError` naming `where` for bytes that are no such example or lack a feature.
     """
-    try:
-        feature = _example_class().FromString(data).features.feature
-    except Exception as error:  # protobuf's DecodeError moves between its backends
-        raise DataError(f"{where}: is not a tf.train.Example ({error})") from error
-
+    feature = _features(data, where)
     again = "prepare the data set again with this version"
 
     def blob(name: str) -> bytes:

@@ -8,17 +8,19 @@ that sixty million rows cost a start no memory and no time.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from instantid_jax.data.record import DataError, Record, parse_example
+from instantid_jax.data.record import DataError, Record, parse_example, parse_index_fields
 
 __all__ = [
     "DatasetSource",
@@ -89,21 +91,21 @@ def identity_label(identity: str) -> int:
     return (zlib.crc32(data) | zlib.crc32(data[::-1] + b"\x00") << 32) - (1 << 63) or 1
 
 
-def index_row(record: Record) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """A record's row of each field of `SourceIndex`."""
+def index_fields(record: Record) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+    """(size, size of the cached view or zeros, identity) of a record."""
     view = (0, 0) if record.latents is None else (record.latents.view.h, record.latents.view.w)
-    return record.size, view, identity_label(record.identity)
+    return record.size, view, record.identity
 
 
-def build_index(records: Any, count: int) -> SourceIndex:
-    """The index of an iterable of `count` records, which are read one after the other and not kept. Raises `DataError` for another number."""
+def build_index(rows: Iterable[tuple[tuple[int, ...], tuple[int, ...], str]], count: int) -> SourceIndex:
+    """The index of `count` rows as `index_fields` gives them, taken one after the other. Raises `DataError` for another number."""
     index = SourceIndex(np.zeros((count, 2), np.int32), np.zeros((count, 2), np.int32), np.zeros(count, np.int64))
-    n = 0
-    for n, record in enumerate(records, 1):
-        if n <= count:
-            index.size[n - 1], index.view[n - 1], index.identity[n - 1] = index_row(record)
-    if n != count:
-        raise DataError(f"the index expects {count} records, but there are {n}")
+    found = 0
+    for found, (size, view, identity) in enumerate(rows, 1):
+        if found <= count:
+            index.size[found - 1], index.view[found - 1], index.identity[found - 1] = size, view, identity_label(identity)
+    if found != count:
+        raise DataError(f"the index expects {count} records, but there are {found}")
     return index
 
 
@@ -124,7 +126,7 @@ class MemorySource:
     def index(self) -> SourceIndex:
         """See `RecordSource.index`."""
         if self._index is None:
-            self._index = build_index(self._records, len(self._records))
+            self._index = build_index(map(index_fields, self._records), len(self._records))
         return self._index
 
 
@@ -163,6 +165,21 @@ class DatasetSource:
     def __getitem__(self, index: int, /) -> Record:
         return parse_example(self._rows[index], f"{self.directory} {self.split}[{index}]")
 
+    def read_index(self, rows: range) -> SourceIndex:
+        """The index of some rows, by reading them."""
+        where = f"{self.directory} {self.split}"
+        return build_index((parse_index_fields(self._rows[i], f"{where}[{i}]") for i in rows), len(rows))
+
+    def build_index(self, workers: int) -> SourceIndex:
+        """The index, where it is not there yet, built by so many processes, each of which reads a part of the rows."""
+        if workers > 1 and SourceIndex.load(self.index_folder) is None:
+            count = len(self)
+            parts = [range(count * i // workers, count * (i + 1) // workers) for i in range(workers)]
+            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+                found = list(pool.map(_read_part, [self.directory] * workers, [self.split] * workers, parts))
+            _join_indexes(found).save(self.index_folder)
+        return self.index
+
     @property
     def index_folder(self) -> Path:
         """Where the index of this split is kept."""
@@ -175,12 +192,20 @@ class DatasetSource:
             return self._index
         index = SourceIndex.load(self.index_folder)
         if index is None:
-            index = build_index((self[i] for i in range(len(self))), len(self))
+            index = self.read_index(range(len(self)))
             index.save(self.index_folder)
         if len(index) != len(self):
             raise DataError(f"{self.index_folder}: the index has {len(index)} rows for {len(self)} records; delete the folder, it is built again")
         self._index = index
         return index
+
+
+def _read_part(directory: Path, split: str, rows: range) -> SourceIndex:
+    return DatasetSource(directory, split).read_index(rows)
+
+
+def _join_indexes(parts: Sequence[SourceIndex]) -> SourceIndex:
+    return SourceIndex(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(SourceIndex)))
 
 
 class JoinedSource:
@@ -204,8 +229,7 @@ class JoinedSource:
     def index(self) -> SourceIndex:
         """See `RecordSource.index`."""
         if self._index is None:
-            parts = [source.index for source in self._sources]
-            self._index = SourceIndex(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(SourceIndex)))
+            self._index = _join_indexes([source.index for source in self._sources])
         return self._index
 
 
@@ -230,7 +254,7 @@ def find_dataset(path: str | os.PathLike[str]) -> Path:
     return below[0]
 
 
-def splits_of(path: str | os.PathLike[str]) -> dict[str, RecordSource]:
+def splits_of(path: str | os.PathLike[str]) -> dict[str, DatasetSource]:
     """Every split of a data set by name, sorted."""
     import tensorflow_datasets as tfds
 

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import pickle
+import shutil
 import tarfile
 
 import numpy as np
@@ -15,7 +16,7 @@ from instantid_jax.data.filters import Examiner, FilterConfig
 from instantid_jax.data.inputs import Candidate, FolderReader, ManifestReader, Refusal, WebDatasetReader, candidate_from_fields
 from instantid_jax.data.preparation import Report, ordered_map, prepare
 from instantid_jax.data.record import DataError, encode_array
-from instantid_jax.data.sources import DatasetSource, JoinedSource, find_dataset, open_source
+from instantid_jax.data.sources import DatasetSource, JoinedSource, find_dataset, open_source, quiet_tfds
 from tests.data.samples import ColorAnalyzer, encoded, photo
 
 CONFIG = FilterConfig(min_side=32)
@@ -287,8 +288,6 @@ def test_sources_on_disk(prepared, tmp_path):
 
 
 def test_an_index_of_other_rows_is_refused(prepared, tmp_path):
-    import shutil
-
     shutil.copytree(prepared[1].dataset, tmp_path / "copy")
     source = DatasetSource(tmp_path / "copy")
     np.save(source.index_folder / "size.npy", np.zeros((2, 2), np.int32))
@@ -296,6 +295,17 @@ def test_an_index_of_other_rows_is_refused(prepared, tmp_path):
         _ = source.index
     shutil.rmtree(source.index_folder)
     assert len(source.index) == len(source) and (source.index_folder / "size.npy").is_file()
+    shutil.rmtree(source.index_folder)
+    whole, parts = source.index, DatasetSource(tmp_path / "copy").build_index(2)
+    assert np.array_equal(whole.identity, parts.identity) and np.array_equal(whole.size, parts.size) and len(set(parts.identity)) > 3
+
+
+def test_anyone_can_read_it_with_tfds(prepared):
+    import tensorflow_datasets as tfds
+
+    with quiet_tfds():
+        example = tfds.builder_from_directory(prepared[1].dataset).as_data_source("train")[0]
+    assert example["image"].shape == (48, 64, 3) and example["image"].dtype == np.uint8 and example["keypoints"].shape == (5, 2)
 
 
 def test_threads_keep_the_order():
