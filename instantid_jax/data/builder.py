@@ -19,7 +19,7 @@ from instantid_jax.data.sources import quiet_tfds
 
 __all__ = ["BeamRecordBuilder", "Job", "RecordBuilder", "example_of", "features", "refuse_existing", "write_dataset"]
 
-NAME = "instantid_records"
+NAME, VERSION = "instantid_records", "1.0.0"
 
 
 class Job(Protocol):
@@ -64,7 +64,7 @@ def example_of(record: Record) -> tuple[str, dict[str, Any]]:
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """What both builders share."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version(VERSION)
     pkg_dir_path = epath.Path(__file__).parent
 
     def __init__(self, job: Job, data_dir: str) -> None:
@@ -112,7 +112,7 @@ class BeamRecordBuilder(_Builder, skip_registration=True):
 
 def refuse_existing(out: str) -> None:
     """Raises `DataError` where `out` holds a data set already."""
-    existing = epath.Path(out) / NAME
+    existing = epath.Path(out) / NAME / VERSION
     if existing.exists():
         raise DataError(f"{existing}: there is a data set already; name another folder or remove it")
 
@@ -143,5 +143,10 @@ def write_dataset(
         config.beam_runner, config.beam_options = beam_runner, PipelineOptions(list(beam_options))
     tfds.disable_progress_bar()
     with quiet_tfds(), tempfile.TemporaryDirectory() as unused:
-        builder.download_and_prepare(download_dir=unused, download_config=config)
+        try:
+            builder.download_and_prepare(download_dir=unused, download_config=config)
+        except (ValueError, RuntimeError) as error:
+            if "number of generated examples is 0" in str(error):  # how TFDS says it from inside a Beam worker
+                raise DataError(f"{out}: no input became a record of one of the splits; prepare a small part without Beam to see why") from error
+            raise
     return epath.Path(builder.data_dir)

@@ -13,7 +13,6 @@ Every input is written or refused with a reason; the table at the end balances, 
 from __future__ import annotations
 
 import functools
-import shlex
 import sys
 import time
 from collections import Counter
@@ -58,8 +57,8 @@ class _Preparing:
     """Files a split; by default chosen so that they have up to 1 GiB."""
     beam_runner: str | None = None
     """Run on Apache Beam: DirectRunner, DataflowRunner, FlinkRunner, SparkRunner ..."""
-    beam_options: str = ""
-    """Flags for Beam in one string, such as "--project=p --region=r --temp_location=gs://b/t"."""
+    beam_options: tuple[str, ...] = ()
+    """Beam's flags without their dashes, such as project=p region=r temp_location=gs://b/t."""
     index: bool = True
     """Build the loader's index at the end. It reads all rows once; a very large set does it later, with `index`."""
 
@@ -73,7 +72,7 @@ class _Preparing:
         examiner = Examiner(filters, make, self.embedding_scale, splits, holdout)
         report = prepare(
             reader, examiner, str(self.out), workers=self.workers, num_shards=self.num_shards,
-            beam_runner=self.beam_runner, beam_options=shlex.split(self.beam_options), index=self.index,
+            beam_runner=self.beam_runner, beam_options=[f"--{option}" for option in self.beam_options], index=self.index,
         )  # fmt: skip
         _print([*report.lines(), f"{report.dataset} written in {time.monotonic() - start:.1f} s"])
         return 0

@@ -65,6 +65,20 @@ def test_inputs_that_are_not_there(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 1
 
 
+def test_a_manifest_with_other_names(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(encoded(photo([])))
+    keypoints = [[20, 18], [34, 18], [27, 25], [22, 31], [33, 31]]
+    row = {"file_name": "a.png", "additional_feature": "a man", "landmarks": keypoints, "vector": [1.0, 2.0], "embedder": "antelopev2"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    names = ["file_name", "image", "additional_feature", "caption", "landmarks", "keypoints", "vector", "embedding"]
+    out = str(tmp_path / "out")
+    arguments = ["manifest", "--manifest", str(tmp_path / "m.jsonl"), "--rename", *names, "--out", out, "--filters.min-side", "16"]
+    assert main([*arguments, "--licence", "CC0", "--filters.duplicates", "none", "--holdout", "0.0"]) == 0
+    assert "1  100.0%  written to train" in capsys.readouterr().out
+    r = open_source(out)[0]
+    assert (r.caption, r.licence, r.embedder) == ("a man", "CC0", "antelopev2") and r.keypoints.tolist() == keypoints
+
+
 def test_help_explains_itself(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["manifest", "--help"])
