@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -25,7 +26,7 @@ class Import:
     """Published PyTorch weights to this package's format. Give --base and --instantid, or --controlnet alone."""
 
     out: Path
-    """Folder to write; it must not exist or be empty."""
+    """Folder to write; not one that is read."""
     base: Path | None = None
     """SDXL in diffusers' layout (a folder), or a single-file SDXL checkpoint."""
     instantid: Path | None = None
@@ -37,11 +38,11 @@ class Import:
     variant: str | None = None
     """Which of several weight files to take, such as fp16; by default the plain ones, or the only ones there."""
     base_fallback: Path | None = None
-    """With a single-file --base: an SDXL folder for the tokenizers and for whatever the file lacks (VAE, text encoders)."""
+    """With a single-file --base: an SDXL folder for its configuration and tokenizers, and for what the file lacks (VAE, text encoders)."""
     tokens: int = 16
     """Identity tokens that the adapter must make."""
     overwrite: bool = False
-    """Replace what is in --out."""
+    """Replace --out where it is a folder that this program wrote; any other is left alone."""
 
     def run(self) -> int:
         """Converts and prints what became of each network."""
@@ -66,13 +67,13 @@ class Export:
     weights: Path
     """Folder that import wrote."""
     out: Path
-    """Folder to write; it must not exist or be empty."""
+    """Folder to write; not one that is read."""
     base: bool = False
     """Write the SDXL folder too, as base/."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Cast all tensors; needed where import changed their type."""
     overwrite: bool = False
-    """Replace what is in --out."""
+    """Replace --out where it is a folder that this program wrote; any other is left alone."""
 
     def run(self) -> int:
         """Exports and prints what was written."""
@@ -140,7 +141,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; 0 where it succeeded. An error is one message on stderr and 1, never a traceback."""
     command = tyro.cli(Command, prog="python -m convert_weights", description=__doc__, args=arguments)  # type: ignore[call-overload]
     try:
-        return command.run()
+        status = command.run()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ConversionError, ConfigError, WeightsError, OSError) as problem:
         print(f"convert_weights: {problem}", file=sys.stderr)
         return 1

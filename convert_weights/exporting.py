@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert_weights.importing import new_folder
+from convert_weights.folders import new_folder, write_marker
 from convert_weights.manifest import Manifest, read_config, read_manifest
 from convert_weights.readers import BASE, RESAMPLER_KEY, TOKENIZERS, table_of
 from convert_weights.rules import Assignment, plan
@@ -47,21 +47,21 @@ def export_weights(weights: Path, out: Path, base: bool = False, dtype: str | No
     cast = sorted(name for name in names if not all(t.exact for t in manifest.networks[name].tensors.values()))
     if cast and dtype is None:
         types = ", ".join(sorted({t.dtype for name in cast for t in manifest.networks[name].tensors.values()}))
-        names = ", ".join(cast)
         raise ConversionError(
-            f"the type of {names} was changed at import, the original tensors are gone; give --dtype {types} to export what is stored"
+            f"the type of {', '.join(cast)} was changed at import, the original tensors are gone; give --dtype {types} to export what is stored"
         )
     lines = []
 
     def load(name: str) -> Published:
         return published_tensors(weights, name, manifest, config, dtype)
 
-    with new_folder(out, overwrite) as folder:
+    with new_folder(out, overwrite, [weights]) as folder:
         if isinstance(config, ModelConfig):
             lines += _export_instantid(load, weights, folder, config)
             lines += _export_base(load, weights, folder / "base") if base else []
         else:
             lines += _export_component(load, weights, "controlnet", folder, "config.json")
+        write_marker(folder)
     changed = bool(cast) or dtype is not None
     lines.append("some tensors differ from the originals: their type was changed" if changed else "every tensor has the original's bytes")
     return lines

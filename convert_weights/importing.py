@@ -6,59 +6,34 @@ appears under the final name before everything is written.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from convert_weights.folders import new_folder
 from convert_weights.manifest import Manifest, NetworkRecord, TensorRecord
-from convert_weights.readers import Part, Snapshot
+from convert_weights.readers import TOKENIZERS, Part, Snapshot
 from convert_weights.recognise import numbers_wrong
 from convert_weights.rules import KEEP, Assignment
 from convert_weights.source import FLOATS, ConversionError, MappedFile, SourceError, Tensor
 from instantid_jax.checkpoint import save_weights
 from instantid_jax.config import ModelConfig, to_json
+from instantid_jax.text import write_default_tokenizers
 
 _RELEASE_AFTER = 2**28
-
-
-@contextlib.contextmanager
-def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside `out` that takes its place at the end, or vanishes where anything goes wrong.
-
-    Raises `ConversionError` where `out` is there, not empty, and not to be overwritten.
-    """
-    out = out.absolute()
-    if out.exists() and not (out.is_dir() and (overwrite or not any(out.iterdir()))):
-        raise ConversionError(f"{out} exists and is not empty; choose another --out" + (", or give --overwrite" if out.is_dir() else ""))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging, old = (out.with_name(f".{out.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
-    staging.mkdir()
-    try:
-        yield staging
-        if out.exists():
-            out.rename(old)
-        staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def import_snapshot(snapshot: Snapshot, out: Path, dtype: str = "keep", overwrite: bool = False) -> Manifest:
     """Writes a folder of converted weights and returns its manifest.
 
     `dtype` is "float32" or "bfloat16" for all tensors, or "keep" for the types of the files.
-    Raises `ConversionError` for values that no trained network has, and for files that change meanwhile.
+    Raises `ConversionError` for an `out` that must not be written, values that no trained network has, and files that change
+    meanwhile.
     """
-    model = isinstance(snapshot.config, ModelConfig)
-    with new_folder(out, overwrite) as folder, ThreadPoolExecutor(1) as hasher:
+    with new_folder(out, overwrite, snapshot.sources) as folder, ThreadPoolExecutor(1) as hasher:
         hashes: dict[Path, Future[str]] = {}
         for part in snapshot.parts:
             for file in part.file.files:
@@ -69,13 +44,29 @@ def import_snapshot(snapshot: Snapshot, out: Path, dtype: str = "keep", overwrit
         for name, path in kept.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
+        names = sorted(kept)
+        if isinstance(snapshot.config, ModelConfig) and not snapshot.tokenizers:
+            names += _packaged_tokenizers(folder, snapshot.config)
         (folder / "config.json").write_text(to_json(snapshot.config) + "\n", encoding="utf-8")
-        files = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in [*sorted(kept), "config.json"]}
-        manifest = Manifest("model" if model else "controlnet", networks, files, list(snapshot.notes))
+        files = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in [*names, "config.json"]}
+        manifest = Manifest("model" if isinstance(snapshot.config, ModelConfig) else "controlnet", networks, files, list(snapshot.notes))
         manifest.write(folder)
         for part in snapshot.parts:
             part.file.check()
     return manifest
+
+
+def _packaged_tokenizers(folder: Path, config: ModelConfig) -> list[str]:
+    """Writes the tokenizers of a snapshot that has none; returns the names of their files."""
+    sizes = {config.text_encoder.vocab_size, config.text_encoder_2.vocab_size}
+    if len(sizes) != 1:
+        found = " and ".join(map(str, sorted(sizes)))
+        raise ConversionError(f"the text encoders know {found} tokens; name their tokenizers with --base-fallback DIR")
+    try:
+        write_default_tokenizers(folder, sizes.pop())
+    except ValueError as problem:
+        raise ConversionError(f"{problem}; name the model's own tokenizers with --base-fallback DIR") from problem
+    return sorted(str(path.relative_to(folder)) for name in TOKENIZERS for path in (folder / name).iterdir())
 
 
 def _convert(part: Part, directory: Path, dtype: str | None, hashes: dict[Path, Future[str]]) -> NetworkRecord:

@@ -10,7 +10,7 @@ import numpy as np
 
 from convert_weights.exporting import published_tensors
 from convert_weights.manifest import NAME, Manifest, read_config, read_manifest
-from convert_weights.readers import open_tensors
+from convert_weights.readers import open_tensors, require_there
 from convert_weights.report import table
 from convert_weights.source import ConversionError
 from instantid_jax.checkpoint import load_weights
@@ -55,6 +55,8 @@ def summary(manifest: Manifest) -> Iterator[str]:
 
 def diff_paths(a: Path, b: Path) -> tuple[bool, list[str]]:
     """Whether two weights folders, or two tensor files, are equal, and lines that say where they are not."""
+    for path in (a, b):
+        require_there(path)
     if a.is_dir() != b.is_dir():
         raise ConversionError(f"{a} and {b} cannot be compared: one is a folder of converted weights, the other a file")
     lines, compared = [], 0

@@ -100,9 +100,12 @@ def _network(record: dict[str, Any]) -> NetworkRecord:
 
 
 def read_config(folder: Path, manifest: Manifest) -> ModelConfig | IdentityNetConfig:
-    """The configuration beside the manifest. Raises `ConfigError` or `ManifestError`."""
+    """The configuration beside the manifest. Raises `ManifestError` where it is missing or damaged."""
     try:
         text = (folder / "config.json").read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ManifestError(f"{folder} has no config.json; convert or copy the weights again") from None
-    return from_json(ModelConfig if manifest.kind == "model" else IdentityNetConfig, text)
+    try:
+        return from_json(ModelConfig if manifest.kind == "model" else IdentityNetConfig, text)
+    except ValueError as problem:
+        raise ManifestError(f"{folder / 'config.json'} is damaged ({problem}); convert or copy the weights again") from problem

@@ -31,6 +31,7 @@ from instantid_jax.config import (
 )
 from instantid_jax.models import Network, build_networks
 from instantid_jax.models.identitynet import IdentityNet
+from instantid_jax.text import Tokenizer, TokenizerError
 
 BASE = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -63,11 +64,21 @@ class Snapshot:
     published: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     """Files kept as they are, for export: relative name -> file."""
     tokenizers: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    """Both tokenizers' files likewise; none where the snapshot has no tokenizers, and the packaged ones are written."""
     notes: Sequence[str] = ()
+    sources: Sequence[Path] = ()
+    """The files and folders that were named; nothing is written there."""
+
+
+def require_there(path: Path) -> None:
+    """Raises `SourceError` where there is neither a file nor a folder of that name."""
+    if not path.exists():
+        raise SourceError(f"{path}: there is no such file or folder")
 
 
 def open_tensors(path: Path) -> TensorFile:
     """A safetensors or torch file, known by its content. Raises `SourceError` for anything else."""
+    require_there(path)
     with path.open("rb") as file:
         head = file.read(9)
     torch = head[:4] == b"PK\x03\x04" or (path.suffix != ".safetensors" and head[8:] != b"{")
@@ -139,6 +150,9 @@ def read_model(base: Path, instant: Path, variant: str | None = None, fallback: 
 
     Raises `SourceError`, `MappingError` or `ConfigError` for anything that is missing, damaged or of another kind.
     """
+    sources = [path for path in (base, instant, fallback) if path is not None]
+    for path in sources:
+        require_there(path)
     if base.is_file():
         configs, files, published, folder, notes = _single_file_base(base, fallback, variant)
     else:
@@ -167,16 +181,17 @@ def read_model(base: Path, instant: Path, variant: str | None = None, fallback: 
             problems.append(str(problem))
     if problems:
         raise MappingError("\n".join(problems))
-    return Snapshot(config, parts, published, _tokenizers(folder), notes)
+    return Snapshot(config, parts, published, {} if folder is None else _tokenizers(folder, config), notes, sources)
 
 
 def read_controlnet(folder: Path, variant: str | None = None) -> Snapshot:
     """An ordinary ControlNet for SDXL in diffusers' layout."""
+    require_there(folder)
     config = IdentityNetConfig.from_published(read_json(folder / "config.json"))
     network = Network(IdentityNet, config, ComputeConfig())
     file = open_component(folder, variant)
     fulfilled = account("controlnet", plan(diffusers.DIFFUSERS, network.disk_shapes()), file.tensors, diffusers.DIFFUSERS)
-    return Snapshot(config, [Part("controlnet", file, fulfilled)], {"config.json": folder / "config.json"})
+    return Snapshot(config, [Part("controlnet", file, fulfilled)], {"config.json": folder / "config.json"}, sources=[folder])
 
 
 def table_of(network: str, config: ModelConfig | IdentityNetConfig) -> Table:
@@ -230,11 +245,19 @@ def _published(base: Path) -> dict[str, Path]:
     return {f"base/{name}": base / name for name in names}
 
 
-def _tokenizers(base: Path) -> dict[str, Path]:
+def _tokenizers(base: Path, config: ModelConfig) -> dict[str, Path]:
+    """Both tokenizers' files, which are opened once, so that what is missing or odd shows now and not at the first picture."""
     files: dict[str, Path] = {}
-    for name in TOKENIZERS:
+    for name, tower in zip(TOKENIZERS, (config.text_encoder, config.text_encoder_2), strict=True):
         if not (base / name).is_dir():
             raise SourceError(f"{base / name} is missing; is the download complete?")
+        try:
+            tokenizer = Tokenizer.from_directory(base / name)
+        except TokenizerError as problem:
+            raise SourceError(f"{problem}; is the download complete?") from problem
+        largest = max(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+        if largest >= tower.vocab_size:
+            raise SourceError(f"{base / name}: the tokenizer gives ids up to {largest}, the text encoder knows {tower.vocab_size}")
         files |= {f"{name}/{path.name}": path for path in sorted((base / name).iterdir()) if path.is_file()}
     return files
 
@@ -242,16 +265,20 @@ def _tokenizers(base: Path) -> dict[str, Path]:
 _Files = dict[str, tuple[TensorFile, Table | None]]
 
 
-def _single_file_base(path: Path, fallback: Path | None, variant: str | None) -> tuple[dict[str, Any], _Files, dict[str, Path], Path, list[str]]:
-    """The networks of a single-file checkpoint; what it lacks, and the tokenizers, come from the `fallback` folder."""
+def _single_file_base(
+    path: Path, fallback: Path | None, variant: str | None
+) -> tuple[dict[str, Any], _Files, dict[str, Path], Path | None, list[str]]:
+    """The networks of a single-file checkpoint; what it lacks, and the tokenizers, come from the `fallback` folder.
+
+    Without one the configuration is SDXL base's, and the tokenizers are the packaged ones: every SDXL model has the same.
+    """
     whole = open_tensors(path)
     recognise.refuse_foreign_single_file(whole)
-    if fallback is None:
-        raise SourceError(f"{path}: a single file has no tokenizers; name an SDXL folder that has them with --base-fallback DIR")
-    has_configs = (fallback / "model_index.json").is_file()
-    default = ModelConfig()
-    configs = _base_configs(fallback) if has_configs else {name: getattr(default, name) for name in (*BASE, "scheduler")}
-    notes: list[str] = []
+    has_configs = fallback is not None and (fallback / "model_index.json").is_file()
+    configs = _base_configs(fallback) if fallback is not None and has_configs else _default_configs()
+    notes = [] if fallback else [f"{path.name} has no tokenizers: CLIP's, which every SDXL model uses, were written from the packaged vocabulary"]
+    if not has_configs:
+        notes.append("no model_index.json: the configuration is SDXL base 1.0's; `export --base` needs an import with --base-fallback")
     if "v_pred" in whole.tensors or "ztsnr" in whole.tensors:
         prediction = "v_prediction" if "v_pred" in whole.tensors else configs["scheduler"].prediction_type
         configs["scheduler"] = dataclasses.replace(configs["scheduler"], prediction_type=prediction, rescale_betas_zero_snr="ztsnr" in whole.tensors)
@@ -270,7 +297,7 @@ def _single_file_base(path: Path, fallback: Path | None, variant: str | None) ->
         left = {tensor: where for tensor, where in left.items() if tensor not in own}
         if any(tables[name].reason_to_ignore(tensor) is None for tensor in own):
             files[name] = (dataclasses.replace(whole, tensors=own), tables[name])
-        elif (fallback / name).is_dir():
+        elif fallback is not None and (fallback / name).is_dir():
             files[name] = (open_component(fallback / name, variant), None)
             notes.append(f"the file has no {name}; it is taken from {fallback.name}")
         else:
@@ -281,7 +308,13 @@ def _single_file_base(path: Path, fallback: Path | None, variant: str | None) ->
         raise SourceError(f"{path}: unused ({len(unknown)}): {'; '.join(unknown[:20])}{more}")
     if left:
         notes.append(f"{len(left)} tensors beside the networks are left out, the first {min(left)} ({tables['unet'].reason_to_ignore(min(left))})")
-    return configs, files, _published(fallback) if has_configs else {}, fallback, notes
+    return configs, files, _published(fallback) if fallback is not None and has_configs else {}, fallback, notes
+
+
+def _default_configs() -> dict[str, Any]:
+    """SDXL base 1.0's configurations."""
+    default = ModelConfig()
+    return {name: getattr(default, name) for name in (*BASE, "scheduler")}
 
 
 def _adapter(file: TensorFile, width: int, tokens: int) -> tuple[TensorFile, TensorFile]:

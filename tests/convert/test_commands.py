@@ -1,5 +1,6 @@
 """The command line: what it prints, what it refuses, and that a failure leaves nothing behind."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -83,15 +84,83 @@ def test_a_damaged_folder_is_not_exported(converted_controlnet: Path, tmp_path: 
 
 def test_nothing_is_overwritten_unasked(golden_snapshot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "w"
-    out.mkdir()
-    (out / "mine.txt").write_text("precious")
     command = ["import", "--controlnet", str(golden_snapshot / "controlnet_2"), "--out", str(out)]
+    assert main(command) == 0
+    (out / "config.json").write_text("changed")
     assert main(command) == 1
     assert "exists and is not empty; choose another --out, or give --overwrite" in capsys.readouterr().err
-    assert (out / "mine.txt").read_text() == "precious"
     assert main([*command, "--overwrite"]) == 0
-    assert not (out / "mine.txt").exists()
+    assert main(["verify", str(out)]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["w"]
+
+
+def test_what_others_wrote_is_never_overwritten(golden_snapshot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "w"
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    command = ["import", "--controlnet", str(golden_snapshot / "controlnet_2"), "--out", str(out), "--overwrite"]
+    assert main(command) == 1
+    assert "was not written by this program; choose another --out" in capsys.readouterr().err
+    (out / "mine.txt").unlink()
+    assert main(command) == 0
+    (out / "mine.txt").write_text("precious")
+    assert main(command) == 1
+    assert "also holds 'mine.txt', which this program did not write" in capsys.readouterr().err
+    assert main([*command[:-2], str(out / "mine.txt")]) == 1
+    assert "mine.txt is a file; name a folder" in capsys.readouterr().err
+    assert (out / "mine.txt").read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["w"]
+
+
+@pytest.mark.parametrize(("place", "how"), [("", "is"), ("..", "contains"), ("sub", "lies inside"), ("../link", "is")])
+def test_a_source_is_never_overwritten(place: str, how: str, golden_snapshot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "all" / "source"
+    shutil.copytree(golden_snapshot / "controlnet_2", source)
+    (tmp_path / "all" / "link").symlink_to(source)
+    files = sorted(p.name for p in source.iterdir())
+    assert main(["import", "--controlnet", str(source), "--out", str(source / place), "--overwrite"]) == 1
+    assert f" {how} {source}, which is read" in capsys.readouterr().err
+    assert sorted(p.name for p in source.iterdir()) == files
+
+
+def test_weights_are_never_overwritten_by_their_export(converted_controlnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, out = tmp_path / "w", tmp_path / "out"
+    shutil.copytree(converted_controlnet, weights)
+    assert main(["export", "--weights", str(weights), "--out", str(weights), "--overwrite"]) == 1
+    assert "which is read" in capsys.readouterr().err
+    command = ["export", "--weights", str(weights), "--out", str(out)]
+    assert main(command) == 0 and main(command) == 1 and main([*command, "--overwrite"]) == 0
+    (out / "mine.txt").write_text("precious")
+    assert main([*command, "--overwrite"]) == 1
+    assert (out / "mine.txt").exists() and main(["verify", str(weights)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("victim", "message"),
+    [("tokenizer/vocab.json", "vocab.json is missing"), ("tokenizer_2/tokenizer_config.json", "tokenizer_config.json is missing")],
+)
+def test_incomplete_tokenizers_are_found_at_import(
+    victim: str, message: str, golden_snapshot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(golden_snapshot / "base", base, copy_function=os.link)
+    (base / victim).unlink()
+    assert main(["import", "--base", str(base), "--instantid", str(golden_snapshot / "instantid"), "--out", str(tmp_path / "w")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_damaged_configuration_is_named(converted_controlnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(converted_controlnet, tmp_path / "w")
+    (tmp_path / "w/config.json").write_text("{")
+    assert main(["export", "--weights", str(tmp_path / "w"), "--out", str(tmp_path / "out")]) == 1
+    assert f"{tmp_path / 'w/config.json'} is damaged" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_quiet(golden_snapshot: Path) -> None:
+    command = f"{sys.executable} -m convert_weights inspect {golden_snapshot / 'base/unet/diffusion_pytorch_model.safetensors'} | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert done.stdout.startswith("tensor") and done.stderr == ""
 
 
 def test_a_failed_import_leaves_nothing(golden_snapshot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,11 +181,12 @@ def test_a_failed_import_leaves_nothing(golden_snapshot: Path, tmp_path: Path, c
     [
         (["import", "--out", "x"], "give --base and --instantid, or --controlnet alone"),
         (["import", "--base", "b", "--controlnet", "c", "--out", "x"], "give either --controlnet, or --base and --instantid"),
-        (["import", "--base", "absent", "--instantid", "absent", "--out", "x"], "absent/model_index.json is missing"),
-        (["import", "--controlnet", "absent", "--out", "x"], "absent/config.json is missing"),
+        (["import", "--base", "absent", "--instantid", "absent", "--out", "x"], "absent: there is no such file or folder"),
+        (["import", "--controlnet", "absent", "--out", "x"], "absent: there is no such file or folder"),
         (["export", "--weights", "absent", "--out", "x"], "is not a folder of converted weights"),
         (["verify", "absent"], "is not a folder of converted weights"),
-        (["inspect", "absent"], "No such file"),
+        (["inspect", "absent"], "absent: there is no such file or folder"),
+        (["diff", "absent", "absent"], "absent: there is no such file or folder"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,9 @@ from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, con
 from safetensors.numpy import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from convert_weights import readers
 from convert_weights.importing import import_snapshot
+from convert_weights.inspection import verify_folder
 from convert_weights.readers import read_model
 from convert_weights.rules import join, plan
 from convert_weights.source import SourceError
@@ -19,6 +21,7 @@ from convert_weights.tables import diffusers, single_file
 from instantid_jax.checkpoint import load_weights
 from instantid_jax.config import ModelConfig
 from instantid_jax.models import build_networks
+from instantid_jax.text import Tokenizer
 
 Arrays = dict[str, np.ndarray]
 FILES = {
@@ -120,6 +123,20 @@ def test_import_gives_the_folder_s_tensors(checkpoint: Path, golden_snapshot: Pa
     assert kernel.sha256 != kernel.source_sha256
     found = load_weights(tmp_path / "out/text_encoder_2")["encoder/layers/0/self_attn/k_proj/kernel"]
     assert np.array_equal(found.T, originals["text_encoder_2"]["text_model.encoder.layers.0.self_attn.k_proj.weight"])
+
+
+def test_without_a_fallback_the_tokenizers_are_the_packaged_ones(
+    checkpoint: Path, golden_snapshot: Path, config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {name: getattr(config, name) for name in (*FILES, "scheduler")}
+    monkeypatch.setattr(readers, "_default_configs", lambda: dict(small))
+    manifest = import_snapshot(read_model(checkpoint, golden_snapshot / "instantid"), tmp_path / "out")
+    assert any("sd_xl.safetensors has no tokenizers" in note for note in manifest.notes)
+    assert sum(name.startswith("tokenizer") for name in manifest.files) == 8
+    verify_folder(tmp_path / "out")
+    first, second = (Tokenizer.from_directory(tmp_path / "out" / name) for name in ("tokenizer", "tokenizer_2"))
+    assert first.encode(["a cat"])[0, :5].tolist() == [49406, 320, 2368, 49407, 49407]
+    assert second.encode(["a cat"])[0, :5].tolist() == [49406, 320, 2368, 49407, 0]
 
 
 @pytest.mark.parametrize("missing", ["vae", "text_encoder", "text_encoder_2"])
