@@ -6,6 +6,7 @@ TFDS orders the rows by a hash of their keys, so both ways give the same rows in
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -13,11 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
+from tensorflow_datasets.core import writer as tfds_writer
 
 from instantid_jax.data.record import DataError, Record, to_example
 from instantid_jax.data.sources import quiet_tfds
 
-__all__ = ["BeamRecordBuilder", "Job", "RecordBuilder", "example_of", "features", "refuse_existing", "write_dataset"]
+__all__ = ["BeamRecordBuilder", "Job", "RecordBuilder", "example_of", "features", "is_remote", "refuse_existing", "rows_written", "write_dataset"]
 
 NAME, VERSION = "instantid_records", "1.0.0"
 
@@ -61,6 +63,25 @@ def example_of(record: Record) -> tuple[str, dict[str, Any]]:
     return record.key, {**example, "image": io.BytesIO(example["image"]), "embeddings": example["embeddings"].reshape(-1)}
 
 
+class _ShardWriter(tfds_writer.ExampleWriter):
+    """Writes shards for other places than this machine's disk into a local file first, since ArrayRecord writes no other."""
+
+    def write(self, path: Any, examples: Any) -> Any:
+        """See `tfds.core.writer.ExampleWriter.write`."""
+        if not is_remote(path):
+            return super().write(path, examples)
+        with tempfile.TemporaryDirectory() as folder:
+            local = epath.Path(folder) / "shard"
+            positions = super().write(local, examples)
+            local.copy(path)
+        return positions
+
+
+def is_remote(path: Any) -> bool:
+    """Whether a path is an address such as gs://bucket/folder."""
+    return "://" in os.fspath(path)
+
+
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """What both builders share."""
 
@@ -78,6 +99,9 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             description="Photos of one person each, with caption, face embedding and keypoints.",
             license="by record",
         )
+
+    def _example_writer(self) -> _ShardWriter:
+        return _ShardWriter(file_format=tfds.core.FileFormat.ARRAY_RECORD)
 
     def _log_download_bytes(self) -> None:
         """Says nothing: there is no download."""
@@ -150,3 +174,10 @@ def write_dataset(
                 raise DataError(f"{out}: no input became a record of one of the splits; prepare a small part without Beam to see why") from error
             raise
     return epath.Path(builder.data_dir)
+
+
+def rows_written(folder: str) -> dict[str, int]:
+    """How many rows each split of a finished data set has, by its description."""
+    with quiet_tfds():
+        splits = tfds.builder_from_directory(folder).info.splits
+    return {name: int(split.num_examples) for name, split in splits.items()}

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from instantid_jax.data.builder import refuse_existing, write_dataset
+from instantid_jax.data.builder import is_remote, refuse_existing, rows_written, write_dataset
 from instantid_jax.data.filters import Accepted, Examiner, FirstSeen, alike, bands, refuse_duplicate, refuse_key
 from instantid_jax.data.inputs import Candidate, Reader, Refusal
 from instantid_jax.data.record import DataError, Record
@@ -253,17 +253,19 @@ def prepare(
 
     `workers` threads examine photos where there is no Beam. Raises `DataError` where nothing passes or the totals do not balance.
     """
+    if index and is_remote(out):
+        raise DataError(f"{out}: the index is built from files on this machine; leave it out (--no-index) and build it where the set is read")
     refuse_existing(out)
     quarantine = epath.Path(out) / "quarantine"  # one of an interrupted run may lie there
     if quarantine.exists():
         quarantine.rmtree()
     job = PrepareJob(reader, examiner, str(quarantine), workers)
     folder = write_dataset(job, out, num_shards=num_shards, beam_runner=beam_runner, beam_options=beam_options)
-    sources = {split: DatasetSource(str(folder), split) for split in examiner.splits}
+    written = rows_written(str(folder))
     inputs, refused = job.totals()
-    report = Report(inputs, {split: len(source) for split, source in sources.items()}, refused, str(folder), str(quarantine)).check()
+    report = Report(inputs, {split: written.get(split, 0) for split in examiner.splits}, refused, str(folder), str(quarantine)).check()
     (epath.Path(out) / "report.json").write_text(json.dumps(dataclasses.asdict(report), indent=1))
     if index:
-        for source in sources.values():
-            _ = source.index
+        for split in examiner.splits:
+            _ = DatasetSource(str(folder), split).index
     return report

@@ -43,7 +43,7 @@ def _print(lines: Iterable[str]) -> None:
 class _Preparing:
     """What every way of preparing shares."""
 
-    out: Path
+    out: str
     """Folder for the data set, its quarantine and its report."""
     analyzer: Literal["opencv", "antelopev2"] = "opencv"
     """Face backend; it must be the one that the model is trained for and sampled with."""
@@ -71,7 +71,7 @@ class _Preparing:
         make()  # a missing model is one sentence now, not a refusal of every input later
         examiner = Examiner(filters, make, self.embedding_scale, splits, holdout)
         report = prepare(
-            reader, examiner, str(self.out), workers=self.workers, num_shards=self.num_shards,
+            reader, examiner, self.out, workers=self.workers, num_shards=self.num_shards,
             beam_runner=self.beam_runner, beam_options=[f"--{option}" for option in self.beam_options], index=self.index,
         )  # fmt: skip
         _print([*report.lines(), f"{report.dataset} written in {time.monotonic() - start:.1f} s"])
@@ -100,7 +100,7 @@ class _Photos(_Preparing):
 class Folder(_Photos):
     """From a folder of pictures, each with a .txt (its caption) or .json (fields) of the same name beside it."""
 
-    folder: Path
+    folder: str
     """The folder; sub-folders are read too."""
     identity_from_folder: bool = False
     """Whether the pictures in a sub-folder show one person."""
@@ -109,7 +109,7 @@ class Folder(_Photos):
 
     def run(self) -> int:
         """Prepares."""
-        return self.read(FolderReader(str(self.folder), self.identity_from_folder, self.source, self.licence))
+        return self.read(FolderReader(self.folder, self.identity_from_folder, self.source, self.licence))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = tyro.cli(Command, args=arguments, prog="python -m instantid_jax.data.prepare", description=__doc__)  # type: ignore[call-overload]
     try:
         return command.run()
-    except (DataError, OSError, ValueError) as error:
+    except (DataError, OSError, ValueError, ImportError) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 1
 

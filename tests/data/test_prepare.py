@@ -326,6 +326,15 @@ def test_anyone_can_read_it_with_tfds(prepared):
     assert example["image"].shape == (48, 64, 3) and example["image"].dtype == np.uint8 and example["keypoints"].shape == (5, 2)
 
 
+def test_shards_for_elsewhere_are_written_here_first(folder, tmp_path, monkeypatch, prepared):
+    with pytest.raises(DataError, match="leave it out"):
+        prepare(FolderReader(str(folder)), Examiner(CONFIG, ColorAnalyzer), "gs://bucket/data")
+    monkeypatch.setattr("instantid_jax.data.builder.is_remote", lambda path: True)
+    reader = FolderReader(str(folder), identity_from_folder=True)
+    prepare(reader, Examiner(CONFIG, ColorAnalyzer, splits=("train", "test"), holdout=0.3), str(tmp_path))
+    assert [r.key for r in rows(tmp_path)] == [r.key for r in rows(prepared[0])]
+
+
 def test_threads_keep_the_order():
     import time
 
