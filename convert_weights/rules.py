@@ -10,7 +10,6 @@ Templates: ``{i}`` is a number, ``{name}`` one component, ``{path}`` any number 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from convert_weights.source import ConversionError
+from instantid_jax.published import nearest
 
 Shape = tuple[int, ...]
 
@@ -234,8 +234,8 @@ def _repeated(assignments: Sequence[Assignment]) -> list[str]:
 
 
 def _nearest(name: str, others: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, others[:400], n=1, cutoff=0.75)
-    return f" (nearest: {close[0]})" if close else ""
+    close = nearest(name, others[:400], cutoff=0.75)
+    return f" (nearest: {close})" if close else ""
 
 
 def _summary(problems: Mapping[str, list[str]], limit: int = 40) -> str:

@@ -1,15 +1,30 @@
-"""Reading of published ``config.json`` files: known fields are taken, harmless ones passed over, everything else refused by name."""
+"""Reading of published ``config.json`` files: known fields are taken, harmless ones passed over, everything else refused by name.
+
+A refusal names what was probably meant; `nearest` and `did_you_mean` serve all other refusals too.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the field, the value and what is accepted."""
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The one of the `known` names that is spelled most like `word`; None where none is at least `cutoff` (0 to 1) alike."""
+    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=cutoff)
+    return near[0] if near else None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a refusal: "; did you mean 'euler'?", or nothing where no known name is near."""
+    near = nearest(word, known)
+    return f"; did you mean {near!r}?" if near else ""
 
 
 # Fields of the published files that do not change what is computed here, whatever their value.
@@ -57,9 +72,7 @@ def read_fields(
         elif key in fixed:
             require(name, key, value, fixed[key])
         elif key not in _INFORMATIVE and key not in skip:
-            near = difflib.get_close_matches(key, sorted(own | set(fixed)), n=1)
-            hint = f"; the nearest known field is {near[0]!r}" if near else ""
-            raise ConfigError(f"{name}: unknown field {key!r} = {value!r}{hint}")
+            raise ConfigError(f"{name}: unknown field {key!r} = {value!r}{did_you_mean(key, own | set(fixed))}")
     return taken
 
 

@@ -114,7 +114,7 @@ def test_published_files_of_the_golden_case_are_read() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"norm_epz": 1e-5}, r"UNet2DConditionModel: unknown field 'norm_epz' = 1e-05; the nearest known field is 'norm_eps'"),
+        ({"norm_epz": 1e-5}, r"UNet2DConditionModel: unknown field 'norm_epz' = 1e-05; did you mean 'norm_eps'"),
         ({"zzz": 1}, r"UNet2DConditionModel: unknown field 'zzz' = 1$"),
         ({"act_fn": "gelu"}, r"UNet2DConditionModel: act_fn='gelu' is not supported; supported: 'silu'"),
         ({"encoder_hid_dim_type": "ip_image_proj"}, r"encoder_hid_dim_type='ip_image_proj' is not supported"),
@@ -159,7 +159,7 @@ def test_autoencoder_refusals() -> None:
         AutoencoderConfig.from_published(published | {"up_block_types": ["AttnUpDecoderBlock2D"]})
     with pytest.raises(ConfigError, match="latents_mean and latents_std must be given together"):
         AutoencoderConfig.from_published(published | {"latents_mean": [0.0, 0.0, 0.0, 0.0]})
-    with pytest.raises(ConfigError, match=r"unknown field 'scaling_facto' = 1.0; the nearest known field is 'scaling_factor'"):
+    with pytest.raises(ConfigError, match=r"unknown field 'scaling_facto' = 1.0; did you mean 'scaling_factor'"):
         AutoencoderConfig.from_published(published | {"scaling_facto": 1.0})
 
 
@@ -187,7 +187,7 @@ def test_text_tower_refusals() -> None:
         ({"clip_sample": True}, "clip_sample=True is not supported"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name='FlowMatchEulerDiscreteScheduler' is not supported"),
         ({"beta_start": 0.5, "beta_end": 0.1}, "needs 0 < beta_start <= beta_end < 1"),
-        ({"step_offset": 1}, "unknown field 'step_offset' = 1; the nearest known field is 'steps_offset'"),
+        ({"step_offset": 1}, "unknown field 'step_offset' = 1; did you mean 'steps_offset'"),
     ],
 )
 def test_scheduler_refusals(changed: dict[str, Any], message: str) -> None:

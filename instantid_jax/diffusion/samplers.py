@@ -25,7 +25,7 @@ of them. In two settings this code goes on where diffusers does not: `rescale_be
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -36,6 +36,7 @@ from instantid_jax.config import SchedulerConfig
 from instantid_jax.diffusion.multistep import DPMpp2M, UniPC
 from instantid_jax.diffusion.plan import Plan, Row, Rows, Sampler
 from instantid_jax.diffusion.schedule import SamplerError, alphas_cumprod, karras_levels, levels_at, noise_levels, spaced_timesteps, vp
+from instantid_jax.published import did_you_mean
 
 __all__ = ["DDIM", "LCM", "SAMPLERS", "Euler", "EulerAncestral", "Heun", "make_sampler"]
 
@@ -244,9 +245,8 @@ SAMPLERS: dict[str, tuple[type[Sampler], dict[str, Any]]] = {
 """Name -> (class, the options that the name stands for)."""
 
 
-def _nearest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
-    return f"did you mean {near[0]!r}? " if near else ""
+_ENDING = (Euler, DPMpp2M, UniPC)
+"""Samplers that may end above noise level 0, as `final_sigmas_type` says."""
 
 
 def make_sampler(name: str, config: SchedulerConfig, **options: Any) -> Sampler:
@@ -256,19 +256,42 @@ def make_sampler(name: str, config: SchedulerConfig, **options: Any) -> Sampler:
         name: for instance "euler".
         config: the model's noise schedule, spacing, offset, prediction type and Karras setting. Settings that a sampler does not
             have (spacing for LCM, Karras for DDIM, Euler ancestral and LCM) do nothing there, as when swapping diffusers' schedulers.
-        **options: the sampler's own: `karras` (euler, heun, dpmpp_2m*, unipc; default from `config`), `eta` (ddim),
-            `original_inference_steps` and `timestep_scaling` (lcm).
+        **options: the sampler's own:
+            `karras` (euler, heun, dpmpp_2m, dpmpp_2m_sde, unipc): True or False; default from `config`.
+            `final_sigmas_type` (euler, dpmpp_2m*, unipc): noise level after the last step, "zero" or "sigma_min"; default from
+            `config`, where it is "zero", as in diffusers since 0.27. "sigma_min" is what DPM++ and UniPC did in 0.25.
+            `eta` (ddim): fresh noise of each step, 0 to 1.
+            `original_inference_steps` (lcm): whole, at least 1. `timestep_scaling` (lcm): above 0.
 
     Raises:
-        SamplerError: an unknown name or option; the message has the nearest that exists.
+        SamplerError: an unknown name or option, with the nearest that exists, or a value that an option cannot have.
     """
     if name not in SAMPLERS:
-        raise SamplerError(f"unknown sampler {name!r}; {_nearest(name, list(SAMPLERS))}The samplers are {', '.join(SAMPLERS)}")
+        raise SamplerError(f"unknown sampler {name!r}; the samplers are {', '.join(SAMPLERS)}{did_you_mean(str(name), SAMPLERS)}")
     cls, preset = SAMPLERS[name]
     known = [field.name for field in dataclasses.fields(cls) if field.name not in ("config", *preset)]
-    for option in options:
+    known += ["final_sigmas_type"] if issubclass(cls, _ENDING) else []
+    for option, value in options.items():
         if option not in known:
-            raise SamplerError(f"sampler {name!r} has no option {option!r}; {_nearest(option, known)}Its options: {', '.join(known) or 'none'}")
+            listed = f"Its options: {', '.join(known) or 'none'}"
+            raise SamplerError(f"sampler {name!r} has no option {option!r}. {listed}{did_you_mean(option, known)}")
+        _check_option(name, option, value)
+    if "final_sigmas_type" in options:
+        config = dataclasses.replace(config, final_sigmas_type=options.pop("final_sigmas_type"))
     if "karras" in known:
         options.setdefault("karras", config.use_karras_sigmas)
     return cls(config, **preset, **options)
+
+
+def _check_option(sampler: str, option: str, value: Any) -> None:
+    """Raises `SamplerError` for a value of the wrong type or range."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    fits, needed = {
+        "karras": (isinstance(value, bool), "True or False"),
+        "final_sigmas_type": (value in ("zero", "sigma_min"), "'zero' or 'sigma_min'"),
+        "eta": (number and 0 <= value <= 1, "a number from 0 to 1"),
+        "original_inference_steps": (number and isinstance(value, int) and value >= 1, "a whole number, at least 1"),
+        "timestep_scaling": (number and value > 0, "a number above 0"),
+    }[option]
+    if not fits:
+        raise SamplerError(f"option {option!r} of sampler {sampler!r} must be {needed}, not {value!r}")

@@ -13,7 +13,6 @@ This is the only module that touches insightface, onnxruntime or OpenCV's face c
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -28,6 +27,7 @@ import numpy as np
 from instantid_jax.face.align import align
 from instantid_jax.face.errors import AnalyzerError, import_opencv
 from instantid_jax.face.photo import rgb_array
+from instantid_jax.published import did_you_mean
 
 __all__ = ["ANALYZERS", "Face", "FaceAnalyzer", "InsightFaceAnalyzer", "OpenCVAnalyzer", "find_antelopev2", "load_analyzer"]
 
@@ -299,8 +299,8 @@ def load_analyzer(name: str, root: str | os.PathLike[str] | None = None) -> Face
         return OpenCVAnalyzer()
     if name == "antelopev2":
         if root is None:
-            raise AnalyzerError("missing_files", f"the face analyzer 'antelopev2' needs the folder that holds {_SCRFD} and {_ARCFACE}; name it")
+            wanted = f"the folder that holds {_SCRFD} and {_ARCFACE}"
+            raise AnalyzerError("missing_files", f"the face analyzer 'antelopev2' needs {wanted}: --analyzer-root DIR, or root=DIR")
         return InsightFaceAnalyzer(root)
-    near = difflib.get_close_matches(name.lower(), ANALYZERS, n=1, cutoff=0.3)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise AnalyzerError("unknown_analyzer", f"there is no face analyzer {name!r}; {hint}known: {', '.join(ANALYZERS)}")
+    hint = did_you_mean(name.lower(), ANALYZERS)
+    raise AnalyzerError("unknown_analyzer", f"there is no face analyzer {name!r}; known: {', '.join(ANALYZERS)}{hint}")

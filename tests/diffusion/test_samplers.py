@@ -147,6 +147,31 @@ def test_start_outside_the_run(start):
         make_sampler("euler", SDXL).plan(4, start)
 
 
+def test_the_last_noise_level_is_an_option():
+    old = SchedulerConfig(final_sigmas_type="sigma_min")
+    for name in ("euler", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "unipc"):
+        assert make_sampler(name, SDXL, final_sigmas_type="sigma_min") == make_sampler(name, old) != make_sampler(name, SDXL)
+    assert make_sampler("unipc", old, final_sigmas_type="zero") == make_sampler("unipc", SDXL)
+    with pytest.raises(SamplerError, match="no option 'final_sigmas_type'"):
+        make_sampler("heun", SDXL, final_sigmas_type="zero")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("euler", {"karras": 3}, "option 'karras' of sampler 'euler' must be True or False, not 3"),
+        ("euler", {"final_sigmas_type": "min"}, "must be 'zero' or 'sigma_min', not 'min'"),
+        ("ddim", {"eta": "x"}, "must be a number from 0 to 1, not 'x'"),
+        ("ddim", {"eta": float("nan")}, "must be a number from 0 to 1"),
+        ("lcm", {"original_inference_steps": 2.5}, "must be a whole number, at least 1, not 2.5"),
+        ("lcm", {"timestep_scaling": 0}, "must be a number above 0, not 0"),
+    ],
+)
+def test_wrong_values_of_options(name, options, message):
+    with pytest.raises(SamplerError, match=message):
+        make_sampler(name, SDXL, **options)
+
+
 def test_epsilon_at_pure_noise_is_refused():
     config = SchedulerConfig(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     with pytest.raises(SamplerError, match="pure noise"):
