@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ __all__ = ["PrepareJob", "Report", "ordered_map", "prepare"]
 
 A = TypeVar("A")
 B = TypeVar("B")
+_SECONDS = 10.0
 _WINDOW = 8  # entries a thread that may be read ahead
 
 
@@ -59,11 +61,15 @@ class Report:
 
 
 class PrepareJob:
-    """A reader's entries through an examiner; a `builder.Job`. `quarantine` is the folder for what is refused."""
+    """A reader's entries through an examiner; a `builder.Job`.
 
-    def __init__(self, reader: Reader, examiner: Examiner, quarantine: str, workers: int = 1) -> None:
+    `quarantine` is the folder for what is refused. `tell` is given a line on the state every ten seconds, where there is no Beam.
+    """
+
+    def __init__(self, reader: Reader, examiner: Examiner, quarantine: str, workers: int = 1, tell: Callable[[str], None] | None = None) -> None:
         self.reader, self.examiner, self.workers = reader, examiner, workers
         self.quarantine = epath.Path(quarantine)
+        self._tell = tell
 
     # --- one machine --------------------------------------------------------------------------------------------------------
 
@@ -72,6 +78,7 @@ class PrepareJob:
         self.quarantine.mkdir(parents=True, exist_ok=True)
         self._inputs = 0
         self._codes: collections.Counter[str] = collections.Counter()
+        self._began = self._told = time.monotonic()
         first = FirstSeen(self.examiner.config.duplicates)
         return {split: self._split_records(split, first) for split in self.examiner.splits}
 
@@ -80,6 +87,7 @@ class PrepareJob:
         with (self.quarantine / f"refused-{split}.jsonl").open("w") as file:
             for verdict in ordered_map(_Examine(self.examiner), self._entries(split), self.workers):
                 verdict = first(verdict) if isinstance(verdict, Accepted) else verdict
+                self._report(split)
                 if isinstance(verdict, Refusal):
                     file.write(verdict.to_json() + "\n")
                     self._codes[verdict.code] += 1
@@ -89,6 +97,13 @@ class PrepareJob:
         if not written:
             reasons = ", ".join(f"{code} {n}" for code, n in self._codes.most_common()) or "there was no input"
             raise DataError(f"no input became a record of the split {split!r} ({reasons}); {self.quarantine} names each")
+
+    def _report(self, split: str) -> None:
+        now = time.monotonic()
+        if self._tell is not None and now - self._told >= _SECONDS:
+            self._told = now
+            rate = self._inputs / (now - self._began)
+            self._tell(f"{split}: {self._inputs:,} inputs read, {self._codes.total():,} refused, {rate:.1f} a second")
 
     def _entries(self, split: str) -> Iterator[Candidate | Refusal]:
         """The entries that belong to this split's pass; what belongs to no split is in the first one's."""
@@ -248,10 +263,12 @@ def prepare(
     beam_runner: str | None = None,
     beam_options: Iterable[str] = (),
     index: bool = True,
+    tell: Callable[[str], None] | None = None,
 ) -> Report:
     """Prepares a data set below `out`: the ArrayRecord files, ``quarantine/``, ``report.json`` and, unless left out, the loader's index.
 
-    `workers` threads examine photos where there is no Beam. Raises `DataError` where nothing passes or the totals do not balance.
+    `workers` threads examine photos where there is no Beam, and `tell` hears of the progress.
+    Raises `DataError` where nothing passes or the totals do not balance.
     """
     if index and is_remote(out):
         raise DataError(f"{out}: the index is built from files on this machine; leave it out (--no-index) and build it where the set is read")
@@ -259,7 +276,7 @@ def prepare(
     quarantine = epath.Path(out) / "quarantine"  # one of an interrupted run may lie there
     if quarantine.exists():
         quarantine.rmtree()
-    job = PrepareJob(reader, examiner, str(quarantine), workers)
+    job = PrepareJob(reader, examiner, str(quarantine), workers, tell)
     folder = write_dataset(job, out, num_shards=num_shards, beam_runner=beam_runner, beam_options=beam_options)
     written = rows_written(str(folder))
     inputs, refused = job.totals()

@@ -73,6 +73,7 @@ class _Preparing:
         report = prepare(
             reader, examiner, self.out, workers=self.workers, num_shards=self.num_shards,
             beam_runner=self.beam_runner, beam_options=[f"--{option}" for option in self.beam_options], index=self.index,
+            tell=lambda line: print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
         _print([*report.lines(), f"{report.dataset} written in {time.monotonic() - start:.1f} s"])
         return 0

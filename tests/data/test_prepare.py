@@ -130,9 +130,12 @@ def test_nothing_is_written_over(prepared, folder):
         prepare(FolderReader(str(folder)), Examiner(CONFIG, ColorAnalyzer), str(prepared[0]))
 
 
-def test_threads_do_not_change_the_result(prepared, folder, tmp_path):
+def test_threads_do_not_change_the_result(prepared, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("instantid_jax.data.preparation._SECONDS", 0.0)
+    told = []
     reader = FolderReader(str(folder), identity_from_folder=True, source="https://example.org", licence="CC0-1.0")
-    report = prepare(reader, Examiner(CONFIG, ColorAnalyzer, splits=("train", "test"), holdout=0.3), str(tmp_path))
+    report = prepare(reader, Examiner(CONFIG, ColorAnalyzer, splits=("train", "test"), holdout=0.3), str(tmp_path), tell=told.append)
+    assert len(told) == 26 and told[0].startswith("train: ") and "26 inputs read, 9 refused" in told[-1]
     assert (report.written, report.refused) == (prepared[1].written, prepared[1].refused)
     assert [r.key for r in rows(tmp_path)] == [r.key for r in rows(prepared[0])]
 
