@@ -160,6 +160,13 @@ class ResamplerConfig:
     """Width of the face recogniser's vector: 512 for antelopev2, 128 for SFace."""
     output_dim: int = 2048
     ff_mult: int = 4
+    kind: str = "perceiver"
+    """"perceiver" is InstantID's; "mlp" is the two linear layers of IP-Adapter-FaceID, for ablations."""
+    normalize: bool = False
+    """Whether the embedding is first brought to length sqrt(embedding_dim). InstantID takes it raw; a zero vector stays zero."""
+
+    def __post_init__(self) -> None:
+        require("ResamplerConfig", "kind", self.kind, ("perceiver", "mlp"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from instantid_jax.config import ComputeConfig, ModelConfig
 from instantid_jax.models.adapter import Adapter
 from instantid_jax.models.clip_text import CLIPTextModel
 from instantid_jax.models.identitynet import IdentityNet
-from instantid_jax.models.resampler import Resampler
+from instantid_jax.models.resampler import make_projector
 from instantid_jax.models.unet import UNet
 from instantid_jax.models.vae import Autoencoder
 from instantid_jax.paths import Tree, flatten, stack_layers, unflatten, unstack_layers
@@ -96,7 +96,7 @@ def build_networks(config: ModelConfig, compute: ComputeConfig | None = None, va
         "unet": Network(UNet, config.unet, compute),
         "identitynet": Network(IdentityNet, config.identitynet, compute),
         "adapter": Network(Adapter, config.unet, compute),
-        "resampler": Network(Resampler, config.resampler, compute),
+        "resampler": Network(make_projector, config.resampler, compute),
         "vae": Network(Autoencoder, config.vae, vae_compute or compute),
         "text_encoder": Network(CLIPTextModel, config.text_encoder, compute),
         "text_encoder_2": Network(CLIPTextModel, config.text_encoder_2, compute),

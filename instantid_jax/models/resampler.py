@@ -72,7 +72,7 @@ class Resampler(nnx.Module):
 
     def __init__(self, config: ResamplerConfig, *, compute: ComputeConfig, rngs: nnx.Rngs):
         dtype = jnp.dtype(compute.dtype)
-        self.compute = compute
+        self.config, self.compute = config, compute
         self.latents = nnx.Param(jax.random.normal(rngs.params(), (1, config.num_queries, config.dim)) * config.dim**-0.5)
         self.proj_in = nnx.Linear(config.embedding_dim, config.dim, dtype=dtype, rngs=rngs)
         self.layers = stack_of(lambda r: ResamplerLayer(config, compute=compute, rngs=r), config.depth, rngs)
@@ -81,7 +81,37 @@ class Resampler(nnx.Module):
 
     def __call__(self, embedding: Float[Array, "b d"]) -> Float[Array, "b n c"]:
         """`embedding` is the recogniser's raw vector (for antelopev2 its length is about 20), not the normalised one."""
-        x = self.proj_in(embedding[:, None])
+        x = self.proj_in(prepare(embedding, self.config)[:, None])
         latents = jnp.broadcast_to(self.latents[...].astype(x.dtype), (x.shape[0], *self.latents.shape[1:]))
         latents, _ = scan_layers(self.layers, lambda layer, y, _: (layer(x, y), None), latents, unroll=self.compute.unroll)
         return self.norm_out(self.proj_out(latents))
+
+
+class MLPProjector(nnx.Module):
+    """Two linear layers instead of the resampler, as IP-Adapter-FaceID has them: an ablation."""
+
+    def __init__(self, config: ResamplerConfig, *, compute: ComputeConfig, rngs: nnx.Rngs):
+        dtype, width = jnp.dtype(compute.dtype), config.num_queries * config.output_dim
+        self.config = config
+        self.proj_in = nnx.Linear(config.embedding_dim, 2 * config.embedding_dim, dtype=dtype, rngs=rngs)
+        self.proj_out = nnx.Linear(2 * config.embedding_dim, width, dtype=dtype, rngs=rngs)
+        self.norm_out = LayerNorm(config.output_dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, embedding: Float[Array, "b d"]) -> Float[Array, "b n c"]:
+        """As `Resampler`."""
+        x = jax.nn.gelu(self.proj_in(prepare(embedding, self.config)), approximate=False)
+        tokens = self.proj_out(x).reshape(-1, self.config.num_queries, self.config.output_dim)
+        return self.norm_out(tokens)
+
+
+def make_projector(config: ResamplerConfig, *, compute: ComputeConfig, rngs: nnx.Rngs) -> Resampler | MLPProjector:
+    """The network from embedding to tokens that `config.kind` names."""
+    return (MLPProjector if config.kind == "mlp" else Resampler)(config, compute=compute, rngs=rngs)
+
+
+def prepare(embedding: Float[Array, "b d"], config: ResamplerConfig) -> Float[Array, "b d"]:
+    """The embedding as it enters: raw, or of length sqrt(d); zero, which stands for nobody, stays zero."""
+    if not config.normalize:
+        return embedding
+    length = jnp.linalg.norm(embedding, axis=-1, keepdims=True)
+    return embedding * (config.embedding_dim**0.5 / jnp.maximum(length, 1e-6))

@@ -1,0 +1,12 @@
+"""One identity token instead of sixteen."""
+
+import dataclasses
+
+from instantid_jax.training.config import TrainConfig
+from instantid_jax.training.recipes import load_recipe
+
+
+def config() -> TrainConfig:
+    base = load_recipe("configs/instantid.py")
+    resampler = dataclasses.replace(base.model.resampler, num_queries=1)
+    return dataclasses.replace(base, out="runs/ablations/tokens_1", model=dataclasses.replace(base.model, resampler=resampler))
