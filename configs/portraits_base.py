@@ -1,6 +1,7 @@
 """Rendered heads, second stage: the text-to-image base and its two text towers, on the first stage's latents.
 
-python -m instantid_jax.data.prepare cache --data data/portraits --weights runs/portraits_vae_whole/weights --resolution 64 --out data/portraits_latents
+    python -m instantid_jax.data.prepare cache --data data/portraits --resolution 64 \\
+        --weights runs/portraits_vae_whole/weights --out data/portraits_latents
 """
 
 from instantid_jax.data.loader import LoaderConfig

@@ -132,7 +132,7 @@ def _denoise(objective: Objective, parameters: Parameters, batch: Batch, draws: 
     if "identitynet" in nets:
         net = nets["identitynet"]
         context = net.project_context(states if stage.identitynet_context == "text" else tokens)
-        picture = batch["keypoint_image"].astype(jnp.float32) / 255
+        picture = _keypoint_picture(batch, clean.shape, model.vae.downscale)
         residuals = net(noisy, time, context, added, net.embed_condition(picture))
     if "adapter" in nets:
         identity = IdentityContext(nets["adapter"](tokens), jnp.float32(1.0))
@@ -147,6 +147,14 @@ def _denoise(objective: Objective, parameters: Parameters, batch: Batch, draws: 
         read = objective.networks["recognizer"].bind(parameters["recognizer"])(predicted)
         weighted += config.identity_weight * jnp.square(alpha[:, 0, 0, 0]) * (1 - cosine(read, batch["embedding"]))
     return PerSample(weighted, plain, time / model.scheduler.num_train_timesteps)
+
+
+def _keypoint_picture(batch: Batch, latents: tuple[int, ...], downscale: int) -> Array:
+    """The control picture in [0, 1]; black where the recipe draws none."""
+    if "keypoint_image" in batch:
+        return batch["keypoint_image"].astype(jnp.float32) / 255
+    b, h, w, _ = latents
+    return jnp.zeros((b, h * downscale, w * downscale, 3))
 
 
 def _time_weight(config: LossConfig, kind: str, alpha_bar: Array) -> Array:

@@ -117,7 +117,7 @@ def make_evaluation(objective: Objective) -> Callable[..., dict[str, Array]]:
         stage = objective.stage
         if "resampler" in stage.networks:
             out["wrong_person_gap"] = mean({"embedding": jnp.roll(batch["embedding"], 1, axis=0)}) - out["loss"]
-        if "identitynet" in stage.networks:
+        if "identitynet" in stage.networks and "keypoint_image" in batch:
             out["wrong_pose_gap"] = mean({"keypoint_image": jnp.roll(batch["keypoint_image"], 1, axis=0)}) - out["loss"]
         return out
 
