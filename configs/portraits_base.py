@@ -4,6 +4,9 @@
         --weights runs/portraits_vae_whole/weights --out data/portraits_latents
 """
 
+import dataclasses
+
+from instantid_jax.config import portraits
 from instantid_jax.data.loader import LoaderConfig
 from instantid_jax.training.config import (
     CheckpointConfig,
@@ -22,7 +25,7 @@ VAE = "runs/portraits_vae_whole/weights"
 
 def config() -> TrainConfig:
     return TrainConfig(
-        model=saved_model(VAE),
+        model=dataclasses.replace(portraits(), vae=saved_model(VAE).vae),
         steps=12_000,
         data="data/portraits_latents",
         out="runs/portraits_base",
