@@ -22,8 +22,6 @@ from instantid_jax.face.photo import FORMATS, MAX_PIXELS, to_rgb
 __all__ = ["aspect_buckets", "assign_buckets", "choose_view", "decode_photo", "move_box", "move_points", "render_view", "time_ids"]
 
 _FACE_MARGIN = 0.15  # of the face box's sides, kept around it where the window has room
-_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
-_ORIENTATION = 0x0112
 
 
 def decode_photo(data: bytes, where: str, shrink_to: int | None = None) -> Image.Image:
@@ -48,16 +46,6 @@ def decode_photo(data: bytes, where: str, shrink_to: int | None = None) -> Image
     except Image.UnidentifiedImageError as error:
         raise PhotoError("not_a_picture", f"{where}: {len(data)} bytes are none of {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's decoders raise nearly anything for damaged files
-        raise PhotoError("broken", f"{where}: the picture is damaged or incomplete ({error})") from error
-
-
-def upright_size(data: bytes, where: str) -> tuple[int, int]:
-    """(height, width) of an encoded photo after its EXIF orientation, without decoding its pixels. Raises `PhotoError`."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            return (width, height) if image.getexif().get(_ORIENTATION) in _TRANSPOSED else (height, width)
-    except Exception as error:
         raise PhotoError("broken", f"{where}: the picture is damaged or incomplete ({error})") from error
 
 
