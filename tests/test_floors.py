@@ -15,11 +15,12 @@ ROOT = Path(__file__).parent.parent
 
 FLOORS = (
     (r"train|sample|convert_weights\.__main__", 6),
-    (r"instantid_jax\.(training\.loop|evaluation\.suite|defaults)", 5),
+    (r"instantid_jax\.(training\.(loop|samples|plan)|evaluation\.(suite|portraits|generate)|defaults)", 5),
     (r"instantid_jax\.(pipeline|denoise|request|references|output)", 4),
-    (r"instantid_jax\.(training|evaluation)(\..+)?|instantid_jax\.data\.(loader|portraits)", 4),
+    (r"instantid_jax\.(training|evaluation)(\..+)?|instantid_jax\.data\.(cache|prepare)", 4),
     (r"convert_weights(\..+)?", 4),
     (r"instantid_jax\.(models|parallel)(\..+)?|instantid_jax\.checkpoint", 3),
+    (r"instantid_jax\.data\.(drawing|transforms|inputs|filters|loader|portrait.*|builder|preparation)", 3),
     (r"instantid_jax\.(nn|face|text|data)(\..+)?|instantid_jax\.progress", 2),
     (r"instantid_jax\.diffusion(\..+)?", 1),
     (r"instantid_jax(\.(config|paths|published))?", 0),
