@@ -1,12 +1,15 @@
-"""Sampling as four pure functions of weights and arrays, each one compiled program.
+"""Sampling as four functions of weights and arrays, each one compiled program.
 
     encode_text      token ids               -> text states, pooled state
     encode_identity  face embeddings         -> identity tokens
     denoise          noise and conditions    -> latents          (one `lax.scan` over the steps)
     decode           latents                 -> pictures in [0, 1]
 
-Static are the networks, the sampler, and whether there is guidance; everything a user changes between pictures is traced:
-prompts, seeds, strengths, windows, masks, pictures. A second call with other values compiles nothing.
+They are pure, but that a watched `denoise` reports its progress to the listener of `watching`. Static, so that another value
+compiles anew, are the networks, all shapes (sizes, batch, length of the text), the sampler with its options, the number of
+steps, and whether there is guidance, a mask of the text, a control mask, and somebody who watches. Everything else that a user
+changes between pictures is traced: prompts, seeds, strengths, windows, masks, pictures. A second call with other values
+compiles nothing.
 """
 
 from __future__ import annotations
@@ -20,12 +23,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from instantid_jax.diffusion import Plan, Sampler
 from instantid_jax.diffusion.guidance import classifier_free, rescale
 from instantid_jax.models import Network
 from instantid_jax.models.encoder import AddedConditions, IdentityContext, TextContext
 from instantid_jax.models.unet import Residuals
 
+__all__ = ["Conditions", "Denoiser", "control_masks", "decode", "denoise", "encode_identity", "encode_text", "initial_noise", "watching"]
+
 Parameters = dict[str, Any]
+MaskOfSize = dict[tuple[int, int], Array]
+"""The control mask [1 or B, h, w, 1] by the height and width (h, w) of the residuals it is for."""
 
 
 class Denoiser(NamedTuple):
@@ -97,12 +105,16 @@ def _normal(keys: Array, index: Array | int, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
 
 
-def control_masks(mask: Array, sizes: list[tuple[int, int]]) -> list[Array]:
-    """The picture-sized mask [b, H, W] at each residual's resolution: bilinear, half-pixel centres, no antialiasing."""
-    out = []
-    for h, w in sizes:
-        rows, columns = (_bilinear_taps(n, m) for n, m in ((mask.shape[1], h), (mask.shape[2], w)))
-        out.append(jnp.einsum("hH,bHW,wW->bhw", rows, mask, columns)[..., None])
+def control_masks(mask: Array, size: tuple[int, int], levels: int) -> MaskOfSize:
+    """The picture-sized mask [b, H, W] at the resolution `size` of the latent and of `levels` - 1 halvings, each rounded up.
+
+    Bilinear, half-pixel centres, no antialiasing.
+    """
+    out: MaskOfSize = {}
+    for _ in range(levels):
+        rows, columns = (_bilinear_taps(n, m) for n, m in zip(mask.shape[1:], size, strict=True))
+        out[size] = jnp.einsum("hH,bHW,wW->bhw", rows, mask, columns)[..., None]
+        size = -(-size[0] // 2), -(-size[1] // 2)
     return out
 
 
@@ -140,24 +152,24 @@ def _report(index: Array) -> None:
         listener(int(index))
 
 
-def _scaled(residuals: Residuals, scale: Array, masks: list[Array] | None) -> list[Array]:
+def _scaled(residuals: Residuals, scale: Array, masks: MaskOfSize | None) -> list[Array]:
     """Residuals (the middle last) times a net's strength and, for IdentityNet, the mask."""
     arrays = [*residuals.down, residuals.mid]
     if masks is not None:
-        arrays = [r * mask.astype(r.dtype) for r, mask in zip(arrays, masks, strict=True)]
+        arrays = [r * masks[r.shape[1], r.shape[2]].astype(r.dtype) for r in arrays]
     return [r * scale.astype(r.dtype) for r in arrays]
 
 
 @functools.partial(jax.jit, static_argnames=("denoiser", "sampler", "guided", "watched"))
 def denoise(
     denoiser: Denoiser,
-    sampler: Any,
+    sampler: Sampler,
     guided: bool,
     parameters: Parameters,
     conditions: Conditions,
     latents: Array,
     seeds: Array,
-    plan: Any,
+    plan: Plan,
     guidance_scale: Array,
     guidance_rescale: Array,
     watched: bool = False,
@@ -174,13 +186,16 @@ def denoise(
     adapter = denoiser.adapter.bind(parameters["adapter"])
     batch = conditions.text.shape[0]
 
-    # What stays the same over the steps is computed once: keys and values of text and identity, features of the pictures.
+    # What stays the same over the steps is computed once: keys and values of text and identity, features of the pictures, masks.
     text = unet.project_context(conditions.text, conditions.text_mask)
     identity_keys_values = adapter(conditions.identity_tokens)
     contexts: list[TextContext] = [nets[0].project_context(conditions.identity_tokens)]
     contexts += [net.project_context(conditions.text, conditions.text_mask) for net in nets[1:]]
     features = [net.embed_condition(image) for net, image in zip(nets, conditions.images, strict=True)]
     features = [jnp.broadcast_to(f, (batch, *f.shape[1:])) for f in features]
+    levels = len(denoiser.identitynet.config.block_out_channels)
+    mask = conditions.control_mask
+    masks = None if mask is None else control_masks(mask, (latents.shape[1], latents.shape[2]), levels)
     keys = picture_keys(seeds)
 
     def predict(x: Array, timestep: Array, scales: Array, adapter_scale: Array) -> Array:
@@ -188,12 +203,9 @@ def denoise(
         total: list[Array] = []
         for i, net in enumerate(nets):
             residuals = net(x, timestep, contexts[i], conditions.added, features[i])
-            masks = None
-            if i == 0 and conditions.control_mask is not None:
-                masks = control_masks(conditions.control_mask, [(r.shape[1], r.shape[2]) for r in [*residuals.down, residuals.mid]])
-            scaled = _scaled(residuals, scales[i], masks)
+            scaled = _scaled(residuals, scales[i], masks if i == 0 else None)
             total = [a + b for a, b in zip(total, scaled, strict=True)] if total else scaled
-        identity = IdentityContext(identity_keys_values, adapter_scale, conditions.control_mask)
+        identity = IdentityContext(identity_keys_values, adapter_scale, mask)
         output = unet(x, timestep, text, conditions.added, identity=identity, residuals=Residuals(total[:-1], total[-1]))
         output = output.astype(jnp.float32)
         if not guided:
@@ -212,6 +224,3 @@ def denoise(
     calls = jnp.arange(plan.num_calls)
     state, _ = jax.lax.scan(body, sampler.init(latents), (plan.rows, conditions.control_scales, conditions.adapter_scale, calls))
     return state.sample
-
-
-__all__ = ["Conditions", "Denoiser", "control_masks", "decode", "denoise", "encode_identity", "encode_text", "initial_noise", "watching"]

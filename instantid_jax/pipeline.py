@@ -7,10 +7,11 @@ pictures and latents are NHWC, `latents` is unit-normal noise, and randomness co
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,6 @@ from instantid_jax.checkpoint import load_weights
 from instantid_jax.config import ComputeConfig, IdentityNetConfig, ModelConfig, from_json
 from instantid_jax.denoise import Conditions, Denoiser
 from instantid_jax.diffusion import control_window, make_sampler
-from instantid_jax.face import prepare_control_image
 from instantid_jax.models import FROZEN, TRAINABLE, Network, build_networks
 from instantid_jax.models.encoder import AddedConditions
 from instantid_jax.models.identitynet import IdentityNet
@@ -30,9 +30,11 @@ from instantid_jax.request import CHECKED, PipelineError, Request
 from instantid_jax.text import Tokenizer, TokenizerWarning
 from instantid_jax.text.weighting import apply_weights, encode_weighted, flatten_groups
 
+__all__ = ["InstantIDPipeline", "PipelineError", "PipelineOutput", "check_call", "read_config", "read_controlnet_config"]
+
 NETWORKS = (*FROZEN, *TRAINABLE)
 _IMPORT = "python -m convert_weights import"
-__all__ = ["InstantIDPipeline", "PipelineError", "PipelineOutput"]
+C = TypeVar("C", ModelConfig, IdentityNetConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,19 +96,13 @@ class InstantIDPipeline:
         spread over its devices. `controlnets` are folders that ``import --controlnet`` wrote.
         """
         directory, compute = Path(directory), ComputeConfig(dtype=dtype, attention=attention)
-        if not (directory / "config.json").is_file():
-            raise PipelineError(f"{directory} is not a folder of converted weights (no config.json); make one with: {_IMPORT}")
-        config = from_json(ModelConfig, (directory / "config.json").read_text())
-        networks = build_networks(config)
+        config, folders = read_config(directory), [Path(folder) for folder in controlnets]
+        extra = [Network(IdentityNet, read_controlnet_config(folder), compute) for folder in folders]
+        networks = build_networks(config, compute)
         parameters = {name: _load(directory / name, networks[name], name, dtype, mesh) for name in NETWORKS}
-        extra = []
-        for folder in map(Path, controlnets):
-            if not (folder / "config.json").is_file():
-                raise PipelineError(f"{folder} is not a converted ControlNet (no config.json); make one with: {_IMPORT} --controlnet")
-            network = Network(IdentityNet, from_json(IdentityNetConfig, (folder / "config.json").read_text()), compute)
-            extra.append((network, _load(folder / "controlnet", network, "controlnet", dtype, mesh)))
+        loaded = [(n, _load(folder / "controlnet", n, "controlnet", dtype, mesh)) for n, folder in zip(extra, folders, strict=True)]
         tokenizers = (Tokenizer.from_directory(directory / "tokenizer"), Tokenizer.from_directory(directory / "tokenizer_2"))
-        return cls(config, parameters, tokenizers, compute=compute, controlnets=extra)
+        return cls(config, parameters, tokenizers, compute=compute, controlnets=loaded)
 
     def set_ip_adapter_scale(self, scale: float) -> None:
         """Strength of the image adapter in calls that do not give `ip_adapter_scale` (0.5 after loading, as published)."""
@@ -194,13 +190,13 @@ class InstantIDPipeline:
         latents: Any = None,
         sampler: str = "euler",
         sampler_options: dict[str, Any] | None = None,
-        clip_skip: int = 0,
+        clip_skip: int | None = 0,
         prompt_weighting: bool = False,
         original_size: tuple[int, int] | None = None,
         crops_coords_top_left: tuple[int, int] = (0, 0),
         target_size: tuple[int, int] | None = None,
         negative_original_size: tuple[int, int] | None = None,
-        negative_crops_coords_top_left: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] = (0, 0),
         negative_target_size: tuple[int, int] | None = None,
         output_type: str = "pil",
         on_step: Callable[[int], None] | None = None,
@@ -222,8 +218,12 @@ class InstantIDPipeline:
             seed: picture i of the call has seed + i, so each can be made again alone.
             latents: unit-normal noise [b, h, w, c] in place of the seed's.
             sampler: one of `diffusion.SAMPLERS`.
+            sampler_options: what `diffusion.make_sampler` describes, such as {"karras": True}, or {"final_sigmas_type": "sigma_min"}
+                for the last noise level of diffusers 0.25.
+            clip_skip: text layers to leave out, counted from the last but one; None is 0.
             prompt_weighting: the published full pipeline's prompt syntax and unlimited length.
-            original_size, crops_coords_top_left, target_size: SDXL's micro-conditioning, heights first.
+            original_size, crops_coords_top_left, target_size: SDXL's micro-conditioning, heights first. As in diffusers the negative
+                ones count only where both negative sizes are given, with a crop at (0, 0) by default; else they are the positive ones.
             output_type: "pil", "np" or "latent".
             on_step: called with the number of each finished model call.
 
@@ -231,18 +231,17 @@ class InstantIDPipeline:
             PipelineError: an argument is out of range or of the wrong shape; nothing has been compiled by then.
         """
         arguments = {k: v for k, v in locals().items() if k in CHECKED}
-        request = Request.check(**arguments, nets=1 + len(self.controlnets))
-        images = request.control_images(image, prepare_control_image, self.config.vae.downscale)
+        request = Request.check(self.config, **arguments, nets=1 + len(self.controlnets))
+        images = request.control_images(image, self.config.vae.downscale)
         size = images[0].shape[0], images[0].shape[1]
         embeddings = request.embeddings(image_embeds, self.config.resampler.embedding_dim)
-        solver = make_sampler(sampler, self.config.scheduler, **(sampler_options or {}))
-        plan = solver.plan(num_inference_steps)
+        solver, plan = request.solver, request.plan
         down = self.config.vae.downscale
         shape = (size[0] // down, size[1] // down, self.config.unet.in_channels)
+        mask = request.mask(control_mask, size)
         seeds = request.seeds()
         noise = programs.initial_noise(seeds, shape) if latents is None else request.latents(latents, shape)
-        mask = request.mask(control_mask, size)
-        conditions = self._conditions(request, images, embeddings, mask, plan)
+        conditions = self._conditions(request, images, embeddings, mask)
         denoiser = Denoiser(self.networks["unet"], self.networks["adapter"], self.networks["identitynet"], tuple(n for n, _ in self.controlnets))
         weights = {k: self.parameters[k] for k in ("unet", "adapter", "identitynet")} | {"controlnets": tuple(p for _, p in self.controlnets)}
         scales = jnp.float32(guidance_scale), jnp.float32(guidance_rescale)
@@ -251,7 +250,7 @@ class InstantIDPipeline:
             out = programs.denoise(denoiser, solver, request.guided, weights, conditions, start, seeds, plan, *scales, watched)
         return PipelineOutput(self._finish(out, output_type))
 
-    def _conditions(self, request: Request, images: list[np.ndarray], embeddings: np.ndarray, mask: np.ndarray | None, plan: Any) -> Conditions:
+    def _conditions(self, request: Request, images: list[np.ndarray], embeddings: np.ndarray, mask: np.ndarray | None) -> Conditions:
         text = self.encode_text(request)
         tokens = self.encode_identity(embeddings[None], guided=request.guided)
         repeats = request.num_images_per_prompt
@@ -263,7 +262,7 @@ class InstantIDPipeline:
         sizes = np.repeat(request.time_ids(size), request.batch, axis=0)
         scale = self.ip_adapter_scale if request.ip_adapter_scale is None else request.ip_adapter_scale
         # As in diffusers, windows are fractions of the model calls, of which Heun makes about two a step.
-        windows = np.stack([control_window(plan.num_calls, start, end) for start, end in request.windows], axis=1)
+        windows = np.stack([control_window(request.plan.num_calls, start, end) for start, end in request.windows], axis=1)
         return Conditions(
             text=spread(text.states),
             text_mask=None if text.mask is None else spread(text.mask),
@@ -271,7 +270,7 @@ class InstantIDPipeline:
             identity_tokens=jnp.repeat(tokens, request.batch, axis=0),
             images=tuple(jnp.asarray(i)[None] for i in images),
             control_scales=jnp.asarray(windows * np.asarray(request.scales, np.float32)),
-            adapter_scale=jnp.full((plan.num_calls,), scale, jnp.float32),
+            adapter_scale=jnp.full((request.plan.num_calls,), scale, jnp.float32),
             control_mask=None if mask is None else jnp.asarray(mask)[None],
         )
 
@@ -284,6 +283,32 @@ class InstantIDPipeline:
         if output_type == "np":
             return pictures
         return [Image.fromarray(np.round(p * 255).astype(np.uint8)) for p in pictures]
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """The configuration in a folder of converted weights. Raises `PipelineError` where there is none, or it is damaged."""
+    return _read_config(directory, ModelConfig, "a folder of converted weights", _IMPORT)
+
+
+def read_controlnet_config(directory: Path) -> IdentityNetConfig:
+    """The same of a converted ControlNet."""
+    return _read_config(directory, IdentityNetConfig, "a converted ControlNet", f"{_IMPORT} --controlnet")
+
+
+def _read_config(directory: Path, kind: type[C], what: str, command: str) -> C:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise PipelineError(f"{directory} is not {what} (no config.json); make one with: {command}")
+    try:
+        return from_json(kind, path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PipelineError(f"{path} is damaged ({error}); convert or copy the weights again") from error
+
+
+def check_call(config: ModelConfig, *, nets: int = 1, **arguments: Any) -> Request:
+    """Checks arguments of a call before a model is there, with the call's own defaults for the rest. Raises `PipelineError`."""
+    defaults = {name: p.default for name, p in inspect.signature(InstantIDPipeline.__call__).parameters.items() if name in CHECKED}
+    return Request.check(config, nets=nets, **defaults | arguments)
 
 
 def report_truncation(tokenizer: Tokenizer, texts: Sequence[str]) -> None:

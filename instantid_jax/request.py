@@ -2,30 +2,79 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import difflib
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from instantid_jax.diffusion import SAMPLERS
+from instantid_jax.config import ModelConfig
+from instantid_jax.diffusion import Plan, Sampler, SamplerError, make_sampler
+from instantid_jax.face import FaceError, prepare_control_image
+
+__all__ = ["CHECKED", "OUTPUT_TYPES", "PipelineError", "Request", "in_options", "read_sampler_options"]
 
 _SIZES = ("original_size", "crops_coords_top_left", "target_size")
 _SIZES += tuple(f"negative_{name}" for name in _SIZES)
 # The pipeline's arguments that can be checked without knowing the size of the picture.
 CHECKED = (
     *("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_weighting", "clip_skip", "num_images_per_prompt", "seed"),
-    *("height", "width", "num_inference_steps", "sampler", "output_type", "guidance_scale", "guidance_rescale", "ip_adapter_scale"),
-    *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", *_SIZES),
+    *("height", "width", "num_inference_steps", "sampler", "sampler_options", "output_type", "guidance_scale", "guidance_rescale"),
+    *("ip_adapter_scale", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", *_SIZES),
 )
 OUTPUT_TYPES = ("pil", "np", "latent")
 
 
 class PipelineError(ValueError):
     """An argument of the pipeline that cannot be used; the message names it, its value and what is needed."""
+
+
+_OPTIONS = {
+    "num_inference_steps": "--steps",
+    "num_images_per_prompt": "--num-images",
+    "controlnet_conditioning_scale": "--identitynet-scale or --control-scale",
+    "control_guidance_start": "--control-start",
+    "control_guidance_end": "--control-end",
+    "sampler_options": "--sampler-option",
+    "prompt_weighting=True": "--prompt-weighting",
+}
+_OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ("guidance_scale", "guidance_rescale", "ip_adapter_scale", "clip_skip")}
+_OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ("prompt_weighting", "seed", "height", "width")}
+
+
+def in_options(message: str) -> str:
+    """A message about the pipeline's arguments in the words of ``sample.py``: "num_images_per_prompt" as "--num-images".
+
+    Names without an underscore are plain words too, so they count at the beginning alone.
+    """
+    for name, option in _OPTIONS.items():
+        message = re.sub(rf"\b{name}\b" if "_" in name else rf"^{name}\b(?= must)", option, message)
+    return message
+
+
+def read_sampler_options(texts: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` texts of a command line as `sampler_options`: true and false, numbers, else texts. Raises `PipelineError`."""
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise PipelineError(f"sampler_options must be written as key=value, not {text!r}")
+        options[key] = _parsed(value)
+    return options
+
+
+def _parsed(text: str) -> bool | int | float | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
@@ -39,7 +88,9 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
 def _whole(name: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise PipelineError(f"{name} must be a whole number, not {value!r}")
-    return int(_number(name, int(value), low, high))
+    if not low <= value <= high:
+        raise PipelineError(f"{name} must be between {low} and {high}, not {value}")
+    return int(value)
 
 
 def _texts(name: str, value: Any, count: int | None = None) -> list[str]:
@@ -66,16 +117,32 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
     return _whole(name, value[0], -65536, 65536), _whole(name, value[1], -65536, 65536)
 
 
+def _real(name: str, value: Any) -> np.ndarray:
+    """An array of finite real numbers as float32."""
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise PipelineError(f"{name} must be an array of real numbers ({error})") from error
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise PipelineError(f"{name} must be an array of real numbers, not {array.dtype} of shape {array.shape}")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise PipelineError(f"{name} has values that are not finite")
+    return array
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """The checked arguments of one call."""
+    """The checked arguments of one call, and the sampler and plan that they ask for."""
 
     prompts: list[str]
     prompts_2: list[str]
     negative_prompts: list[str] | None
     negative_prompts_2: list[str] | None
     num_images_per_prompt: int
-    num_inference_steps: int
+    solver: Sampler
+    plan: Plan
     guided: bool
     scales: list[float]
     ip_adapter_scale: float | None
@@ -92,48 +159,43 @@ class Request:
         return len(self.prompts) * self.num_images_per_prompt
 
     @classmethod
-    def check(cls, *, nets: int, **a: Any) -> Request:
-        """Checks the pipeline's arguments (by the pipeline's names). Raises `PipelineError`."""
+    def check(cls, config: ModelConfig, *, nets: int, **a: Any) -> Request:
+        """Checks the pipeline's arguments (by the pipeline's names) for a model and its number of nets. Raises `PipelineError`."""
         prompts = _texts("prompt", a["prompt"])
         optional = {k: None if a[k] is None else _texts(k, a[k], len(prompts)) for k in ("prompt_2", "negative_prompt", "negative_prompt_2")}
-        if a["sampler"] not in SAMPLERS:
-            near = difflib.get_close_matches(str(a["sampler"]), list(SAMPLERS), n=1)
-            raise PipelineError(
-                f"sampler {a['sampler']!r} is unknown" + (f"; did you mean {near[0]!r}?" if near else "") + f" Known: {', '.join(SAMPLERS)}"
-            )
+        solver, plan = _solver(config, a["sampler"], a["sampler_options"], a["num_inference_steps"])
         if a["output_type"] not in OUTPUT_TYPES:
             raise PipelineError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {a['output_type']!r}")
+        if not isinstance(a["prompt_weighting"], bool):
+            raise PipelineError(f"prompt_weighting must be True or False, not {a['prompt_weighting']!r}")
         if a["prompt_weighting"] and (optional["prompt_2"] or optional["negative_prompt_2"] or a["clip_skip"]):
             raise PipelineError(
                 "prompt_2, negative_prompt_2 and clip_skip have no meaning with prompt_weighting, which feeds one text to both towers"
             )
-        starts = _per_net("control_guidance_start", a["control_guidance_start"], nets, 0, 1)
-        ends = _per_net("control_guidance_end", a["control_guidance_end"], nets, 0, 1)
-        for start, end in zip(starts, ends, strict=True):
-            if start >= end:
-                raise PipelineError(f"control_guidance_start {start:g} must be smaller than control_guidance_end {end:g}")
+        # clip_skip=n reads the states n layers before the last but one.
+        layers = min(config.text_encoder.num_hidden_layers, config.text_encoder_2.num_hidden_layers)
         scale = a["ip_adapter_scale"]
         _number("guidance_rescale", a["guidance_rescale"], 0, 1)
         for side in ("height", "width"):
             if a[side] is not None and _whole(side, a[side], 64, 8192) % 8:
                 raise PipelineError(f"{side} must be a multiple of 8, not {a[side]}")
-        pairs = [None if a[k] is None else _pair(k, a[k]) for k in _SIZES]
         return cls(
             prompts=prompts,
             prompts_2=optional["prompt_2"] or prompts,
             negative_prompts=optional["negative_prompt"],
             negative_prompts_2=optional["negative_prompt_2"],
             num_images_per_prompt=_whole("num_images_per_prompt", a["num_images_per_prompt"], 1, 4096),
-            num_inference_steps=_whole("num_inference_steps", a["num_inference_steps"], 1, 1000),
+            solver=solver,
+            plan=plan,
             guided=_number("guidance_scale", a["guidance_scale"], 0, 100) > 1,
             scales=_per_net("controlnet_conditioning_scale", a["controlnet_conditioning_scale"], nets, -10, 10),
             ip_adapter_scale=None if scale is None else _number("ip_adapter_scale", scale, -10, 10),
-            windows=list(zip(starts, ends, strict=True)),
-            clip_skip=_whole("clip_skip", a["clip_skip"], 0, 10),
-            prompt_weighting=bool(a["prompt_weighting"]),
+            windows=_windows(a["control_guidance_start"], a["control_guidance_end"], nets),
+            clip_skip=_whole("clip_skip", 0 if a["clip_skip"] is None else a["clip_skip"], 0, layers - 1),
+            prompt_weighting=a["prompt_weighting"],
             seed=_whole("seed", a["seed"], 0, 2**32 - 1),
             size=(a["height"], a["width"]),
-            sizes=tuple(pairs),
+            sizes=tuple(None if a[k] is None else _pair(k, a[k]) for k in _SIZES),
         )
 
     def seeds(self) -> np.ndarray:
@@ -141,44 +203,49 @@ class Request:
         return (self.seed + np.arange(self.batch, dtype=np.int64)).astype(np.uint32)
 
     def time_ids(self, picture: tuple[int, int]) -> np.ndarray:
-        """SDXL's six numbers, [2, 6] with guidance (negative first) else [1, 6]; heights first."""
-        original, crop, target, *negative = self.sizes
+        """SDXL's six numbers, [2, 6] with guidance (negative first) else [1, 6]; heights first.
+
+        As in diffusers the negative ones count only where both negative sizes are given; without, they are the positive ones.
+        """
+        original, crop, target, negative_original, negative_crop, negative_target = self.sizes
         positive = (original or picture, crop or (0, 0), target or picture)
-        rows = [positive]
-        if self.guided:
-            rows.insert(0, tuple(n if n is not None else p for n, p in zip(negative, positive, strict=True)))  # type: ignore[arg-type]
+        both = negative_original is not None and negative_target is not None
+        negative = (negative_original, negative_crop or (0, 0), negative_target) if both else positive
+        rows = [negative, positive] if self.guided else [positive]
         return np.asarray(rows, np.float32).reshape(len(rows), 6)
 
-    def control_images(self, image: Any, prepare: Callable[..., np.ndarray], multiple: int) -> list[np.ndarray]:
+    def control_images(self, image: Any, multiple: int) -> list[np.ndarray]:
         """Control pictures as float32 [H, W, 3] in [0, 1], all of the output's size."""
         nets = len(self.scales)
         images = list(image) if isinstance(image, list | tuple) else [image]
         if len(images) != nets:
             raise PipelineError(f"image has {len(images)} pictures for {nets} nets (the keypoints for IdentityNet first)")
         checked = [_picture("image", i) for i in images]
-        height = self.size[0] or checked[0].size[1] // multiple * multiple
-        width = self.size[1] or checked[0].size[0] // multiple * multiple
+        first = checked[0]
+        across, down = first.size if isinstance(first, Image.Image) else (first.shape[1], first.shape[0])
+        height, width = self.size[0] or down // multiple * multiple, self.size[1] or across // multiple * multiple
         if min(height, width) < 64:
             raise PipelineError(f"the picture would be {width}x{height}; at least 64x64 is needed: give a larger image, or height and width")
-        return [prepare(i, width, height) for i in checked]
+        try:
+            return [prepare_control_image(i, width, height) for i in checked]
+        except FaceError as error:
+            raise PipelineError(f"image: {error}") from error
 
     def embeddings(self, value: Any, width: int) -> np.ndarray:
         """The face embedding [d]; several of one person are averaged, as in the paper."""
-        array = np.asarray(value, np.float32)
+        array = _real("image_embeds", value)
         if array.shape[-1:] != (width,) or array.ndim > 3:
             raise PipelineError(
                 f"image_embeds has shape {array.shape}; this model's recogniser gives vectors of {width}: [{width}] or [photos, {width}]"
             )
         array = array.reshape(-1, width)
-        if not np.isfinite(array).all():
-            raise PipelineError("image_embeds has values that are not finite")
-        if not np.linalg.norm(array, axis=-1).all():
+        if not len(array) or not np.linalg.norm(array, axis=-1).all():
             raise PipelineError("image_embeds is a zero vector, which is what stands for nobody")
         return array.mean(axis=0)
 
     def latents(self, value: Any, shape: Sequence[int]) -> np.ndarray:
         """Given noise [b, h, w, c]."""
-        array = np.asarray(value, np.float32)
+        array = _real("latents", value)
         if array.shape != (self.batch, *shape):
             raise PipelineError(f"latents has shape {array.shape}; this call needs {(self.batch, *shape)} (batch, height/8, width/8, channels)")
         return array
@@ -187,24 +254,46 @@ class Request:
         """The control mask as float32 [H, W] in [0, 1]."""
         if value is None:
             return None
-        array = np.asarray(value.convert("RGB") if isinstance(value, Image.Image) else value)
-        array = array[..., 0] if array.ndim == 3 else array
-        if array.shape != size:
-            raise PipelineError(f"control_mask is {array.shape[:2]}, the picture is {size} (height, width)")
-        array = array.astype(np.float32) / (255 if array.dtype == np.uint8 else 1)
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+        given = np.asarray(value.convert("RGB") if isinstance(value, Image.Image) else value)
+        array = _real("control_mask", given.astype(np.uint8) * 255 if given.dtype == bool else given)
+        if array.shape[:2] != size or array.shape[2:] not in ((), (1,), (3,)):
+            raise PipelineError(f"control_mask has shape {array.shape}, the picture is {size}: [height, width], or the same with 1 or 3 channels")
+        array = (array[..., 0] if array.ndim == 3 else array) / np.float32(255 if given.dtype in (np.uint8, bool) else 1)
+        if array.min() < 0 or array.max() > 1:
             raise PipelineError("control_mask must lie in [0, 1], or be uint8")
         return array
 
 
-def _picture(name: str, value: Any) -> Image.Image:
+def _solver(config: ModelConfig, name: Any, options: Any, steps: Any) -> tuple[Sampler, Plan]:
+    """The sampler and its plan."""
+    if options is not None and not (isinstance(options, Mapping) and all(isinstance(key, str) for key in options)):
+        raise PipelineError(f"sampler_options must be a dict of option names and values, not {options!r}")
+    if not isinstance(name, str):
+        raise PipelineError(f"sampler must be a name, not {name!r}")
+    steps = _whole("num_inference_steps", steps, 1, 1000)
+    try:
+        solver = make_sampler(name, config.scheduler, **(options or {}))
+        return solver, solver.plan(steps)
+    except SamplerError as error:
+        raise PipelineError(str(error)) from error
+
+
+def _windows(start: Any, end: Any, nets: int) -> list[tuple[float, float]]:
+    """(start, end) of each net."""
+    starts, ends = _per_net("control_guidance_start", start, nets, 0, 1), _per_net("control_guidance_end", end, nets, 0, 1)
+    for begin, stop in zip(starts, ends, strict=True):
+        if begin >= stop:
+            raise PipelineError(f"control_guidance_start {begin:g} must be smaller than control_guidance_end {stop:g}")
+    return list(zip(starts, ends, strict=True))
+
+
+def _picture(name: str, value: Any) -> Image.Image | np.ndarray:
+    """A PIL picture in RGB, or an array [h, w, 3]: uint8 as it is, else float32 in [0, 1]."""
     if isinstance(value, Image.Image):
         return value.convert("RGB")
-    array = np.asarray(value)
+    array = value if isinstance(value, np.ndarray) and value.dtype == np.uint8 else _real(name, value)
     if array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
         raise PipelineError(f"{name} must be a picture [height, width, 3], not shape {array.shape}")
-    if array.dtype != np.uint8:
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise PipelineError(f"{name} must be uint8, or float in [0, 1]")
-        array = np.round(array * 255).astype(np.uint8)
-    return Image.fromarray(array)
+    if array.dtype != np.uint8 and (array.min() < 0 or array.max() > 1):
+        raise PipelineError(f"{name} must be uint8, or float in [0, 1]")
+    return array

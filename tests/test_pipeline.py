@@ -80,7 +80,7 @@ def test_other_values_compile_nothing(pipe: InstantIDPipeline) -> None:
         {"original_size": (512, 512)},
         {"crops_coords_top_left": (30, 30)},
         {"target_size": (512, 512)},
-        {"negative_original_size": (512, 512)},
+        {"negative_original_size": (512, 512), "negative_target_size": (64, 64)},
         {"clip_skip": 1},
         {"prompt_weighting": True},
     ],
@@ -88,6 +88,11 @@ def test_other_values_compile_nothing(pipe: InstantIDPipeline) -> None:
 )
 def test_every_setting_reaches_the_picture(pipe: InstantIDPipeline, change: dict[str, Any]) -> None:
     assert np.abs(make(pipe, output_type="latent") - make(pipe, output_type="latent", **change)).max() > 1e-4
+
+
+def test_the_last_noise_level_reaches_the_picture(pipe: InstantIDPipeline) -> None:
+    old = make(pipe, sampler="unipc", sampler_options={"final_sigmas_type": "sigma_min"}, output_type="latent")
+    assert np.abs(make(pipe, sampler="unipc", output_type="latent") - old).max() > 1e-4
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -154,15 +159,44 @@ def test_given_latents_replace_the_seed(pipe: InstantIDPipeline) -> None:
         ({"image_embeds": np.zeros(128, np.float32)}, "zero vector"),
         ({"image_embeds": np.full(128, np.nan, np.float32)}, "not finite"),
         ({"latents": np.zeros((1, 4, 8, 8))}, re.escape("needs (1, 8, 8, 4)")),
-        ({"control_mask": np.zeros((32, 64))}, "control_mask is (32, 64)".replace("(", r"\(").replace(")", r"\)")),
+        ({"control_mask": np.zeros((32, 64))}, re.escape("control_mask has shape (32, 64)")),
         ({"control_guidance_start": 0.9, "control_guidance_end": 0.1}, "must be smaller than"),
         ({"output_type": "jpg"}, "output_type must be one of"),
         ({"prompt": 3}, "prompt must be a text"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts, prompt has 1"),
         ({"seed": -1}, "seed must be between"),
+        ({"seed": 2**32}, "seed must be between 0 and 4294967295, not 4294967296"),
         ({"prompt_weighting": True, "clip_skip": 1}, "no meaning with prompt_weighting"),
+        ({"latents": np.full((1, 8, 8, 4), np.nan)}, "latents has values that are not finite"),
+        ({"image_embeds": "x"}, "image_embeds must be an array of real numbers"),
+        ({"image_embeds": EMBEDDING + 1j}, "image_embeds must be an array of real numbers, not complex64"),
+        ({"image_embeds": [[1.0], [1.0, 2.0]]}, "image_embeds must be an array of real numbers"),
+        ({"sampler_options": 3}, "sampler_options must be a dict"),
+        ({"sampler": "ddim", "sampler_options": {"eta": "x"}}, "'eta' of sampler 'ddim' must be a number from 0 to 1"),
+        ({"sampler_options": {"karras": 3}}, "must be True or False, not 3"),
+        ({"sampler": ["euler"]}, "sampler must be a name"),
+        ({"sampler": "lcm", "num_inference_steps": 60}, "use fewer steps"),
+        ({"control_mask": np.zeros((64, 64, 4), np.float32)}, "with 1 or 3 channels"),
+        ({"control_mask": "x"}, "control_mask must be an array of real numbers"),
+        ({"clip_skip": 2}, "clip_skip must be between 0 and 1, not 2"),
+        ({"image": np.full((64, 64, 3), 1.5)}, r"image must be uint8, or float in \[0, 1\]"),
     ],
 )
 def test_bad_arguments_get_one_clear_sentence(pipe: InstantIDPipeline, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(PipelineError, match=message):
-        make(pipe, **change)
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with pytest.raises(PipelineError, match=message):
+            make(pipe, **change)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled == []
+
+
+def test_no_clip_skip_is_none(pipe: InstantIDPipeline) -> None:
+    np.testing.assert_array_equal(make(pipe, clip_skip=None, output_type="latent"), make(pipe, output_type="latent"))

@@ -41,7 +41,6 @@ def test_official_pipeline_is_reproduced(case: str, pipe: InstantIDPipeline, gol
         "image": [golden[name] for name in names],
         "latents": golden["latents"].transpose(0, 2, 3, 1),
         "negative_prompt": META["negative_prompt"],
-        "control_mask": golden["control_mask"] if META["cases"][case].get("control_mask") else None,
         "prompt_weighting": full,
     }
     try:

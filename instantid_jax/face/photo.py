@@ -152,15 +152,27 @@ def resize_img(
 def prepare_control_image(image: Image.Image | np.ndarray, width: int | None = None, height: int | None = None) -> np.ndarray:
     """A control picture (drawn keypoints, depth, edges) as float32 [h, w, 3] RGB in [0, 1], as diffusers' VaeImageProcessor gives it.
 
-    `image` is a Pillow picture or a uint8 RGB array. `width` and `height` default to the picture's own; both are floored to
-    multiples of 8, and the picture is resized with Pillow's Lanczos filter where its size differs. Raises `PhotoError`.
+    `image` is a Pillow picture, a uint8 RGB array, or a float RGB array in [0, 1], which is never rounded to 8 bits. `width` and
+    `height` default to the picture's own; both are floored to multiples of 8, and the picture is resized with Pillow's Lanczos
+    filter where its size differs. Raises `PhotoError`.
     """
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise PhotoError("bad_values", f"control image: an array must be uint8 RGB [h, w, 3], got {image.dtype} {list(image.shape)}")
-        image = Image.fromarray(image)
-    image = to_rgb(image, "control image")
-    width, height = ((side - side % 8) for side in (image.width if width is None else width, image.height if height is None else height))
-    if min(width, height) < 8:
-        raise PhotoError("bad_size", f"control image: a size of {width} x {height} is below 8 x 8 pixels")
-    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS), np.float32) / np.float32(255)
+        if image.dtype.kind not in "uf" or (image.dtype.kind == "u" and image.dtype != np.uint8) or image.ndim != 3 or image.shape[2] != 3:
+            raise PhotoError("bad_values", f"control image: an array must be uint8 or float RGB [h, w, 3], got {image.dtype} {list(image.shape)}")
+        if image.dtype != np.uint8 and not (image >= 0).all() & (image <= 1).all():
+            raise PhotoError("bad_values", "control image: the values of a float array must lie in [0, 1]")
+        own = (image.shape[1], image.shape[0])
+    else:
+        image = to_rgb(image, "control image")
+        own = image.size
+    across, down = own[0] if width is None else width, own[1] if height is None else height
+    size = (across - across % 8, down - down % 8)
+    if min(size) < 8:
+        raise PhotoError("bad_size", f"control image: a size of {size[0]} x {size[1]} is below 8 x 8 pixels")
+    lanczos = Image.Resampling.LANCZOS
+    if isinstance(image, np.ndarray) and image.dtype != np.uint8:
+        planes = [image[..., c].astype(np.float32) for c in range(3)]
+        resized = planes if own == size else [np.asarray(Image.fromarray(plane).resize(size, lanczos)) for plane in planes]
+        return np.clip(np.stack(resized, axis=-1), 0.0, 1.0)
+    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    return np.asarray(picture.resize(size, lanczos), np.float32) / np.float32(255)

@@ -45,9 +45,7 @@ class Network:
 
     @functools.cached_property
     def _split(self) -> tuple[nnx.GraphDef[Any], Tree]:
-        module = nnx.eval_shape(lambda: self._module(jax.random.key(0)))
-        graphdef, state = nnx.split(module)
-        return graphdef, _string_keys(nnx.to_pure_dict(state))
+        return _trace(self)
 
     @property
     def abstract(self) -> Tree:
@@ -83,6 +81,14 @@ class Network:
     def to_disk(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The inverse of `from_disk`: every tensor under its own name."""
         return unstack_layers(flatten(parameters))
+
+
+@functools.lru_cache(maxsize=64)
+def _trace(network: Network) -> tuple[nnx.GraphDef[Any], Tree]:
+    """Definition and shapes of a network; tracing takes a second, so equal networks share it. The tree is not to be changed."""
+    module = nnx.eval_shape(lambda: network._module(jax.random.key(0)))
+    graphdef, state = nnx.split(module)
+    return graphdef, _string_keys(nnx.to_pure_dict(state))
 
 
 def _string_keys(tree: Mapping[Any, Any]) -> Tree:

@@ -223,4 +223,15 @@ def test_control_images_that_cannot_be_used_are_refused():
     with pytest.raises(PhotoError, match="below 8 x 8"):
         prepare_control_image(PICTURE, 7, 64)
     with pytest.raises(PhotoError, match="uint8"):
-        prepare_control_image(NOISE / 255.0)
+        prepare_control_image(NOISE.astype(np.int32))
+    with pytest.raises(PhotoError, match=r"must lie in \[0, 1\]"):
+        prepare_control_image(NOISE / 1.0)
+
+
+def test_float_control_images_are_not_rounded():
+    fine = np.float32(0.3) + np.random.default_rng(1).random((48, 64, 3), dtype=np.float32) * np.float32(0.4)
+    np.testing.assert_array_equal(prepare_control_image(fine), fine)
+    half = prepare_control_image(fine, 32, 24)
+    rounded = prepare_control_image(np.round(fine * 255).astype(np.uint8), 32, 24)
+    assert half.shape == (24, 32, 3)
+    assert 0 < np.abs(half - rounded).max() < 1.5 / 255

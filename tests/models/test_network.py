@@ -184,3 +184,8 @@ def test_compute_settings_do_not_change_the_tree() -> None:
 
 def test_default_configuration_is_sdxl() -> None:
     assert ModelConfig() == sdxl()
+
+
+def test_equal_networks_are_traced_once() -> None:
+    one, other = (build_networks(tiny())["resampler"] for _ in range(2))
+    assert one is not other and one.abstract is other.abstract
