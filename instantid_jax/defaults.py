@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instantid_jax.config import tiny
+from instantid_jax.config import ComputeConfig, ModelConfig, tiny
 from instantid_jax.models import Network, build_networks
 from instantid_jax.paths import Tree, map_paths, stacked_layer
 from instantid_jax.pipeline import InstantIDPipeline
@@ -45,14 +45,20 @@ def random_parameters(network: Network, seed: int) -> Tree:
     return map_paths(draw, network.abstract)
 
 
-def default_pipeline(seed: int = 0) -> InstantIDPipeline:
-    """The small, randomly initialised model."""
-    config = tiny()
-    parameters = {name: random_parameters(network, seed) for name, network in build_networks(config).items()}
+def default_config() -> ModelConfig:
+    """The configuration of `default_pipeline`'s model."""
+    return tiny()
+
+
+def default_pipeline(seed: int = 0, dtype: str = "float32") -> InstantIDPipeline:
+    """The small, randomly initialised model; `dtype` is that of weights and arithmetic."""
+    config, compute = default_config(), ComputeConfig(dtype=dtype)
+    random = {name: random_parameters(network, seed) for name, network in build_networks(config, compute).items()}
+    parameters = jax.tree.map(lambda x: x.astype(dtype), random)
     with tempfile.TemporaryDirectory() as folder:
         write_default_tokenizers(Path(folder))
         tokenizers = Tokenizer.from_directory(Path(folder) / "tokenizer"), Tokenizer.from_directory(Path(folder) / "tokenizer_2")
-    return InstantIDPipeline(config, parameters, tokenizers)
+    return InstantIDPipeline(config, parameters, tokenizers, compute=compute)
 
 
 def default_photo() -> Path:

@@ -1,8 +1,9 @@
 """Pictures on disk: PNG files that carry their settings, and contact sheets.
 
 A PNG holds two text chunks: `parameters`, in the form that other tools for Stable Diffusion read, and `instantid_jax`,
-the same settings and more as JSON. Neither holds the face vector, only a hash of the photo. Files appear whole or not at
-all, and equal settings give equal bytes.
+the same settings and more as JSON. Of the files that went in (photos, control pictures, weights) they hold names or hashes, no
+folders and no face vector; the contact sheet shows the photos. Files appear whole or not at all, and equal settings give equal
+bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from instantid_jax.face import load_photo
+
+__all__ = ["check_folder", "contact_sheet", "parameters_text", "read_settings", "save_png", "save_run"]
 
 
 def parameters_text(settings: Mapping[str, Any]) -> str:
@@ -65,24 +68,50 @@ def read_settings(path: Path) -> dict[str, Any]:
     return json.loads(text)
 
 
-def save_run(out: Path, images: Sequence[Image.Image], keypoints: Image.Image, faces: Sequence[Path], settings: Mapping[str, Any]) -> list[Path]:
-    """The pictures of one run and their contact sheet, each with all settings inside; photos appear only by their hash.
+def check_folder(out: Path) -> None:
+    """Raises ValueError where no folder `out` can be made or written to; makes nothing."""
+    place = out.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"--out {out}: {'it' if place == out.absolute() else place} is a file; name a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out}: {place} cannot be written to; name another folder")
 
-    Picture i is named by its own seed, ``settings["seed"] + i``. Returns the paths, the sheet last.
+
+def save_run(
+    out: Path,
+    images: Sequence[Image.Image],
+    keypoints: Image.Image,
+    inputs: Mapping[str, Sequence[Path]],
+    settings: Mapping[str, Any],
+) -> list[Path]:
+    """The pictures of one run and their contact sheet, each with all settings inside.
+
+    `inputs` are the picture files that went in, by what they are ("face", "pose", "control"): their SHA-256 is stored as
+    ``face_sha256`` and so on, and those that are pictures are shown on the sheet, by their file's name. Of other paths in
+    `settings` the last part is stored. Picture i is named by its own seed, ``settings["seed"] + i``. Returns the paths, the
+    sheet last.
     """
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k not in ("out", "face", "num_images")}
-    settings |= {
-        "size": f"{images[0].width}x{images[0].height}",
-        "photos_sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in faces],
-    }
+    settings = {k: _without_folders(v) for k, v in settings.items()}
+    settings["size"] = f"{images[0].width}x{images[0].height}"
+    settings |= {f"{kind}_sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths] for kind, paths in inputs.items() if paths}
     seeds = [settings["seed"] + i for i in range(len(images))]
     paths = [out / f"{seed:06d}.png" for seed in seeds]
     for path, image, seed in zip(paths, images, seeds, strict=True):
         save_png(image, path, settings | {"seed": seed})
-    shown = [(f"photo: {path.name}", load_photo(path)) for path in faces if path.suffix not in (".npz", ".npy")]
+    given = [(kind, path) for kind, files in inputs.items() for path in files if path.suffix not in (".npz", ".npy")]
+    shown = [(f"{kind}: {path.name}", load_photo(path)) for kind, path in given]
     shown += [("keypoints", keypoints), *((f"seed {seed}, {settings['model']}", image) for seed, image in zip(seeds, images, strict=True))]
     save_png(contact_sheet(shown), out / "sheet.png", settings)
     return [*paths, out / "sheet.png"]
+
+
+def _without_folders(value: Any) -> Any:
+    """Paths by their last part, also inside tuples."""
+    if isinstance(value, tuple | list):
+        return [_without_folders(v) for v in value]
+    return value.resolve().name if isinstance(value, Path) else value
 
 
 def contact_sheet(pictures: Sequence[tuple[str, Image.Image]], *, columns: int | None = None, side: int = 384) -> Image.Image:

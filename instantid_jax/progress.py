@@ -1,32 +1,48 @@
-"""A progress bar for denoising, on a terminal only, and the seconds that were spent compiling."""
+"""A progress bar for a run, on a terminal only, and the seconds that were spent compiling."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from types import TracebackType
+from typing import TextIO
 
 import jax
 from tqdm import tqdm
 
+__all__ = ["CompileSeconds", "StepBar"]
+
 _COMPILING = "/jax/core/compile/"
+_WIDEST = 100
 
 
 class StepBar:
-    """Context manager with an `on_step` for the pipeline: steps done, time left. Silent where stderr is no terminal."""
+    """Context manager with an `on_step` for the pipeline: what is being done, steps done, time left.
 
-    def __init__(self, steps: int):
-        self._bar = tqdm(total=steps, unit="step", desc="denoising", disable=not sys.stderr.isatty())
+    It says "compiling" before the first step and "decoding" after the last. Silent where `file` (stderr) is no terminal; a
+    terminal that does not tell its width counts as 80 columns wide.
+    """
+
+    def __init__(self, steps: int, file: TextIO | None = None):
+        stream: TextIO = sys.stderr if file is None else file
+        width = min(shutil.get_terminal_size().columns, _WIDEST)
+        self._bar = tqdm(total=steps, unit="step", desc="compiling", ncols=width, mininterval=0, file=stream, disable=not stream.isatty())
 
     def on_step(self, index: int) -> None:
         """Called with the number of each finished model call."""
-        if index == 0:
+        if self._bar.n == 0:
             self._bar.reset()  # the seconds before the first step were compiling
+            self._bar.set_description("denoising", refresh=False)
         self._bar.update()
+        if self._bar.n == self._bar.total:
+            self._bar.set_description("decoding")
 
     def __enter__(self) -> StepBar:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._bar.set_description("done", refresh=False)
         self._bar.close()
 
 

@@ -1,8 +1,8 @@
-"""From the files that a user names to an identity and to the keypoint picture."""
+"""From the files that a user names to an identity, the keypoint picture and control pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from instantid_jax.face import (
     FaceAnalyzer,
     Identity,
     KeypointError,
+    PhotoError,
     draw_kps,
     identity_from_photos,
     load_photo,
@@ -20,19 +21,38 @@ from instantid_jax.face import (
     resize_img,
 )
 
+__all__ = ["check_files", "keypoint_picture", "read_identity", "read_mask"]
 
-def read_identity(paths: Sequence[Path], analyzer: FaceAnalyzer, face_index: int | None = None) -> Identity:
+PRECOMPUTED = (".npz", ".npy")
+
+
+def check_files(paths: Sequence[Path]) -> None:
+    """Raises `PhotoError` for the first that is no file; for a command line to say so before anything slow."""
+    for path in paths:
+        if not path.is_file():
+            raise PhotoError("missing", f"{path}: is not a file" if path.exists() else f"{path}: there is no such file")
+
+
+def read_identity(
+    paths: Sequence[Path], analyzer: Callable[[], FaceAnalyzer], embedding_dim: int | None = None, face_index: int | None = None
+) -> Identity:
     """Photos of one person (raw embeddings averaged), or one .npz / .npy with a precomputed embedding.
 
-    Photos pass through the published `resize_img` first. Raises the face package's errors.
+    Photos pass through the published `resize_img` first. `analyzer` gives the face backend and is called for photos alone: a
+    precomputed face needs none. `embedding_dim` is what the weights expect; None for a pose, of which the keypoints count.
+    Raises the face package's errors.
     """
-    precomputed = [path for path in paths if path.suffix in (".npz", ".npy")]
+    precomputed = [path for path in paths if path.suffix in PRECOMPUTED]
     if precomputed and len(paths) > 1:
         raise EmbeddingError("embedding_file", f"{precomputed[0]}: a precomputed embedding cannot be mixed with other files; name it alone")
     if precomputed:
-        return load_precomputed(paths[0], analyzer.embedding_dim)
+        return load_precomputed(paths[0], embedding_dim)
     photos = [np.asarray(resize_img(load_photo(path))) for path in paths]
-    return identity_from_photos(analyzer, photos, face_index=face_index, names=[str(path) for path in paths])
+    backend = analyzer()
+    if embedding_dim not in (None, backend.embedding_dim):
+        found = f"the face analyzer {backend.name!r} gives vectors of {backend.embedding_dim}"
+        raise EmbeddingError("embedding_dim", f"{found}, these weights take {embedding_dim}; choose their own with --analyzer, or leave it out")
+    return identity_from_photos(backend, photos, face_index=face_index, names=[str(path) for path in paths])
 
 
 def keypoint_picture(pose: Identity, width: int | None, height: int | None, long_side: int) -> Image.Image:
@@ -48,3 +68,8 @@ def keypoint_picture(pose: Identity, width: int | None, height: int | None, long
     size = (width or max(64, round(w * factor) // 64 * 64), height or max(64, round(h * factor) // 64 * 64))
     keypoints = np.asarray(pose.face.kps, np.float32) * np.asarray([size[0] / w, size[1] / h], np.float32)
     return draw_kps(size, keypoints)
+
+
+def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """A control mask from a picture file, as uint8 [h, w] for pictures of ``size = (width, height)``: white is where control acts."""
+    return np.asarray(load_photo(path).convert("L").resize(size, Image.Resampling.BILINEAR))

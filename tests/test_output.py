@@ -1,12 +1,13 @@
 """Pictures on disk."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from instantid_jax.output import contact_sheet, parameters_text, read_settings, save_png, save_run
+from instantid_jax.output import check_folder, contact_sheet, parameters_text, read_settings, save_png, save_run
 
 SETTINGS = {
     "prompt": "a (cat:1.2)\nin snow, ünï",
@@ -55,16 +56,34 @@ def test_a_foreign_png_has_no_settings(tmp_path: Path) -> None:
         read_settings(tmp_path / "x.png")
 
 
-def test_a_run_names_pictures_by_seed_and_hides_the_photo(tmp_path: Path) -> None:
-    photo = tmp_path / "secret_name.jpg"
+def test_a_run_names_pictures_by_seed_and_hides_folders(tmp_path: Path) -> None:
+    photo, pose, vector = (tmp_path / "secret_folder" / name for name in ("me.jpg", "pose.png", "me.npz"))
+    photo.parent.mkdir()
     Image.new("RGB", (40, 20), "blue").save(photo)
+    Image.new("RGB", (40, 20), "green").save(pose)
+    vector.write_bytes(b"vector")
     images = [Image.new("RGB", (8, 8)) for _ in range(2)]
-    paths = save_run(tmp_path / "out", images, images[0], [photo], SETTINGS | {"face": (photo,), "out": tmp_path, "num_images": 2})
+    settings = SETTINGS | {"weights": tmp_path / "secret_folder" / "w", "controlnet": (tmp_path / "secret_folder" / "c",)}
+    paths = save_run(tmp_path / "out", images, images[0], {"face": [photo, vector], "pose": [pose], "control": []}, settings)
     assert [p.name for p in paths] == ["000004.png", "000005.png", "sheet.png"]
     stored = read_settings(paths[1])
     assert stored["seed"] == 5
-    assert len(stored["photos_sha256"][0]) == 64
-    assert "secret_name" not in str(stored)
+    assert stored["face_sha256"] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in (photo, vector)]
+    assert stored["pose_sha256"] == [hashlib.sha256(pose.read_bytes()).hexdigest()]
+    assert (stored["weights"], stored["controlnet"]) == ("w", ["c"])
+    assert "control_sha256" not in stored and "secret_folder" not in str(stored)
+    with Image.open(paths[2]) as sheet:  # photo, pose, keypoints, two pictures: two rows of three
+        assert sheet.size == (3 * 396 + 12, 2 * 418 + 12)
+        assert sheet.getpixel((12 + 192, 12 + 192)) == (0, 0, 254) and sheet.getpixel((12 + 396 + 192, 12 + 192)) == (0, 128, 0)
+
+
+def test_a_folder_that_cannot_be_is_refused_and_none_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="is a file; name a folder"):
+            check_folder(out)
+    check_folder(tmp_path / "new" / "folder")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_contact_sheet_holds_every_picture() -> None:
