@@ -2,13 +2,22 @@
 
 import subprocess
 import sys
+import typing
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+import sample
+from instantid_jax.config import sdxl, tiny, to_json
+from instantid_jax.diffusion import SAMPLERS
 from instantid_jax.output import read_settings
+from instantid_jax.pipeline import PipelineOutput
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--steps", "2", "--height", "64", "--width", "64"]
@@ -38,27 +47,166 @@ def test_a_run_without_weights_makes_pictures_twice_alike(tmp_path: Path) -> Non
         assert np.asarray(image).std() > 10
 
 
+class Stub:
+    """A pipeline that keeps what it is called with and makes gray pictures, or raises `error`."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+        self.loaded: dict[str, Any] = {}
+        self.called: dict[str, Any] = {}
+
+    def load(self, *directory: Path, **options: Any) -> "Stub":
+        self.loaded = {"directory": directory} | options
+        return self
+
+    def __call__(self, **arguments: Any) -> PipelineOutput:
+        self.called = arguments
+        if self.error is not None:
+            raise self.error
+        return PipelineOutput([Image.new("RGB", (64, 64), "gray")] * arguments["num_images_per_prompt"])
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
+    """In place of both ways to a pipeline."""
+    stub = Stub()
+    monkeypatch.setattr(sample, "default_pipeline", stub.load)
+    monkeypatch.setattr(sample.InstantIDPipeline, "from_pretrained", stub.load)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    return stub
+
+
+@pytest.fixture
+def no_analyzer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, root: Path | None) -> None:
+        raise AssertionError("no face analyzer is needed")
+
+    monkeypatch.setattr(sample, "load_analyzer", fail)
+
+
+def face_file(path: Path, width: int, size: tuple[int, int] = (640, 640)) -> Path:
+    kps = np.float32([[24, 24], [40, 24], [32, 34], [26, 44], [38, 44]]) * size[0] / 64
+    np.savez(path, embedding=np.arange(1, width + 1, dtype=np.float32), kps=kps, size=size)
+    return path
+
+
+def weights_folder(path: Path) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text(to_json(sdxl()))
+    return path
+
+
+@pytest.mark.usefixtures("no_analyzer")
+def test_a_precomputed_face_needs_no_analyzer(stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, face = weights_folder(tmp_path / "w"), face_file(tmp_path / "me.npz", 512)
+    assert sample.main(["--weights", str(weights), "--face", str(face), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert stub.loaded == {"directory": (weights,), "dtype": "bfloat16", "controlnets": ()}
+    np.testing.assert_array_equal(stub.called["image_embeds"], np.arange(1, 513, dtype=np.float32))
+    assert stub.called["image"][0].size == (1280, 1280)
+    narrow = face_file(tmp_path / "narrow.npz", 128)
+    assert sample.main(["--weights", str(weights), "--face", str(narrow), "--out", str(tmp_path / "other")]) == 1
+    assert "has 128 values where 512 are expected" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_analyzer")
+def test_every_option_reaches_the_call(stub: Stub, tmp_path: Path) -> None:
+    picture = tmp_path / "depth.png"
+    Image.new("RGB", (64, 64), "white").save(picture)
+    weights, face, pose = weights_folder(tmp_path / "w"), face_file(tmp_path / "me.npz", 512), face_file(tmp_path / "pose.npz", 7, (640, 320))
+    options = "--num-images 2 --seed 5 --steps 9 --sampler ddim --sampler-option eta=0.5 --guidance-scale 3 --guidance-rescale 0.2 --clip-skip 1"
+    options += " --identitynet-scale 0.7 --ip-adapter-scale 0.6 --control-start 0.1 --control-end 0.9 --height 64 --width 128"
+    options += f" --controlnet a b --control-image {picture} {picture} --control-scale 0.5 0.4 --control-mask {picture} --prompt-weighting"
+    named = f"--weights {weights} --face {face} --pose {pose} --out {tmp_path / 'out'}"
+    assert sample.main([*named.split(), *options.split(), "--prompt", "x y", "--negative-prompt", "z"]) == 1  # clip skip and weighting
+    options = options.replace(" --prompt-weighting", "")
+    assert sample.main([*named.split(), *options.split(), "--prompt", "x y", "--negative-prompt", "z"]) == 0
+    assert stub.loaded["controlnets"] == (Path("a"), Path("b"))
+    called = stub.called
+    assert [image.size for image in called.pop("image")] == [(128, 64), (64, 64), (64, 64)]
+    mask = called.pop("control_mask")
+    assert mask.shape == (64, 128) and (mask == 255).all()
+    called.pop("on_step"), called.pop("image_embeds")
+    assert called == {
+        "prompt": "x y", "negative_prompt": "z", "prompt_weighting": False, "seed": 5, "sampler": "ddim", "clip_skip": 1,
+        "guidance_scale": 3.0, "guidance_rescale": 0.2, "ip_adapter_scale": 0.6, "height": 64, "width": 128, "num_images_per_prompt": 2,
+        "num_inference_steps": 9, "sampler_options": {"eta": 0.5}, "control_guidance_start": 0.1, "control_guidance_end": 0.9,
+        "controlnet_conditioning_scale": [0.7, 0.5, 0.4],
+    }  # fmt: skip
+    stored = read_settings(tmp_path / "out" / "000006.png")
+    assert stored["seed"] == 6 and stored["weights"] == "w" and stored["controlnet"] == ["a", "b"] and stored["control_scale"] == [0.5, 0.4]
+    assert [len(stored[f"{kind}_sha256"]) for kind in ("face", "pose", "control", "mask")] == [1, 1, 2, 1]
+    assert str(tmp_path) not in str(stored)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--weights", "nowhere"], "nowhere is not a folder of converted weights"),
-        (["--face", "nowhere.jpg"], "nowhere.jpg: there is no such file"),
-        (["--sampler", "eular"], "did you mean 'euler'"),
-        (["--steps", "0"], "at least 1"),
-        (["--height", "100"], "height must be a multiple of 8"),
-        (["--face", "README.md"], "README.md"),
+        ("--weights nowhere --face README.md", "nowhere is not a folder of converted weights"),
+        ("--weights nowhere", "no --face given"),
+        ("--weights {tmp} --face README.md", "config.json is damaged"),
+        ("--face nowhere.jpg", "nowhere.jpg: there is no such file"),
+        ("--pose nowhere.jpg", "nowhere.jpg: there is no such file"),
+        ("--control-mask nowhere.jpg", "nowhere.jpg: there is no such file"),
+        ("--steps 0", "--steps must be between 1 and 1000, not 0"),
+        ("--sampler lcm --steps 60", "use fewer steps"),
+        ("--height 100", "--height must be a multiple of 8"),
+        ("--seed -1", "--seed must be between 0 and 4294967295, not -1"),
+        ("--num-images 0", "--num-images must be between 1 and 4096, not 0"),
+        ("--control-start 1", "--control-start 1 must be smaller than --control-end 1"),
+        ("--sampler-option karras=3", "'karras' of sampler 'euler' must be True or False"),
+        ("--sampler-option karas=true", "did you mean 'karras'"),
+        ("--sampler-option karras", "--sampler-option must be written as key=value"),
+        ("--face README.md", "README.md"),
+        ("--analyzer antelopev2", "--analyzer-root DIR"),
+        ("--out README.md", "--out README.md: it is a file; name a folder"),
+        ("--controlnet x", "one of each for every ControlNet"),
+        ("--controlnet x --control-image instantid_jax/assets/astronaut.jpg", "--controlnet needs --weights"),
     ],
 )
-def test_bad_input_gets_one_sentence_and_a_status(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = run("--out", str(tmp_path), *arguments)
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("sample.py: ") and message in last
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_bad_input_gets_one_sentence_before_weights_are_loaded(
+    arguments: str, message: str, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "config.json").write_text("{")
+    assert sample.main(["--out", str(tmp_path / "out"), *arguments.format(tmp=tmp_path).split()]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("sample.py: ") and message in lines[0]
+    assert stub.loaded == {}
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_a_typo_gets_the_nearest_name() -> None:
-    done = run("--prompts", "x")
-    assert done.returncode == 2
-    assert "--prompt" in done.stderr
+@pytest.mark.parametrize(
+    "make", [MemoryError, lambda: jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")], ids=["host", "device"]
+)
+def test_too_little_memory_is_one_sentence(make: Callable[[], BaseException], stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stub.error = make()
+    face = face_file(tmp_path / "me.npz", 128)
+    assert sample.main(["--face", str(face), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 1
+    assert stub.loaded == {"directory": (), "dtype": "bfloat16"}
+    assert "sample.py: out of memory; try smaller --height and --width, fewer --num-images, or --dtype bfloat16" in capsys.readouterr().err
+    stub.error = jax.errors.JaxRuntimeError("INTERNAL: a defect")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a defect"):
+        sample.main(["--face", str(face), "--out", str(tmp_path / "out")])
+
+
+def test_names_that_are_chosen_from() -> None:
+    assert typing.get_args(sample.SamplerName) == tuple(SAMPLERS)
+    assert tiny().face_analyzer in typing.get_args(typing.get_args(typing.get_type_hints(sample.Settings)["analyzer"])[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--prompts", "x"], "--prompt"), (["--sampler", "eular"], "euler"), (["--dtype", "float23"], "float32"), (["--analyzer", "x"], "opencv")],
+)
+def test_a_typo_gets_the_known_names(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        sample.main(arguments)
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sample.main(["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for words in ("picture i has seed + i", "key=value", "other ControlNets", "white where IdentityNet", "python sample.py --weights DIR"):
+        assert words in text
