@@ -9,14 +9,13 @@ configuration.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from instantid_jax.published import CONTROLNET_FIXED, UNET_FIXED, ConfigError, broadcast, read_fields, read_unet, require
+from instantid_jax.published import CONTROLNET_FIXED, UNET_FIXED, ConfigError, broadcast, did_you_mean, read_fields, read_unet, require
 
 __all__ = [
     "AutoencoderConfig",
@@ -397,8 +396,7 @@ def _build(cls: type[T], values: Any, where: str) -> T:
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
-            near = difflib.get_close_matches(key, sorted(fields), n=1)
-            raise ConfigError(f"{where}: unknown field {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ConfigError(f"{where}: unknown field {key!r}{did_you_mean(key, fields)}")
         arguments[key] = _convert(hints[key], value, f"{where}.{key}")
     return cls(**arguments)
 

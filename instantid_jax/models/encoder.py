@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from instantid_jax.config import ComputeConfig, UNetConfig
-from instantid_jax.nn.attention import Identity, KeysValues
+from instantid_jax.nn.attention import IdentitySite, KeysValues
 from instantid_jax.nn.conv import Conv, Downsample
 from instantid_jax.nn.embeddings import TimestepEmbedding, sinusoid
 from instantid_jax.nn.resnet import ResnetBlock
@@ -42,9 +42,9 @@ class IdentityContext(NamedTuple):
     mask: Float[Array, "b H W"] | None = None
     """Where the identity acts, 0 to 1, at the picture's resolution; None is everywhere."""
 
-    def at(self, site: str) -> Identity:
+    def at(self, site: str) -> IdentitySite:
         """The part of one `Transformer2D`."""
-        return Identity(self.keys_values[site], self.scale, self.mask)
+        return IdentitySite(self.keys_values[site], self.scale, self.mask)
 
 
 class DownBlock(nnx.Module):

@@ -27,7 +27,7 @@ class KeysValues(NamedTuple):
     v: Float[Array, "*l b m k d"]
 
 
-class Identity(NamedTuple):
+class IdentitySite(NamedTuple):
     """What one cross-attention layer needs to attend to the identity tokens, besides its queries."""
 
     keys_values: KeysValues
@@ -113,7 +113,7 @@ class Attention(nnx.Module):
         x: Float[Array, "b n c"],
         context: KeysValues | None = None,
         mask: Bool[Array, "#b #n m"] | None = None,
-        identity: Identity | None = None,
+        identity: IdentitySite | None = None,
     ) -> Float[Array, "b n c"]:
         """Equation (2); equation (1) without `identity`; self-attention without `context`."""
         q = split_heads(self.to_q(x), self.heads)

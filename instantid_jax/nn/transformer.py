@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from instantid_jax.config import ComputeConfig
-from instantid_jax.nn.attention import Attention, Identity, KeysValues
+from instantid_jax.nn.attention import Attention, IdentitySite, KeysValues
 from instantid_jax.nn.conv import Conv, resize_nearest
 from instantid_jax.nn.norm import GroupNorm, LayerNorm
 from instantid_jax.nn.stacking import map_layers, scan_layers, stack_of
@@ -47,7 +47,7 @@ class BasicTransformerBlock(nnx.Module):
         self.ff = FeedForward(channels, compute=compute, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b n c"], context: KeysValues, mask: Bool[Array, "#b #n m"] | None, identity: Identity | None
+        self, x: Float[Array, "b n c"], context: KeysValues, mask: Bool[Array, "#b #n m"] | None, identity: IdentitySite | None
     ) -> Float[Array, "b n c"]:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context, mask, identity)
@@ -93,7 +93,7 @@ class Transformer2D(nnx.Module):
         x: Float[Array, "b h w c"],
         context: KeysValues,
         mask: Bool[Array, "#b #n m"] | None = None,
-        identity: Identity | None = None,
+        identity: IdentitySite | None = None,
     ) -> Float[Array, "b h w c"]:
         """`context` and `identity.keys_values` are stacked over the blocks; `identity.mask` is [b, H, W] at any resolution."""
         b, h, w, c = x.shape
@@ -103,7 +103,7 @@ class Transformer2D(nnx.Module):
 
         def apply(block: BasicTransformerBlock, y: Array, layer: tuple[KeysValues, KeysValues | None]) -> tuple[Array, None]:
             text, keys_values = layer
-            site = None if identity is None or keys_values is None else Identity(keys_values, identity.scale, mask_id)
+            site = None if identity is None or keys_values is None else IdentitySite(keys_values, identity.scale, mask_id)
             return block(y, text, mask, site), None
 
         y, _ = scan_layers(self.transformer_blocks, apply, y, (context, keys_values_id), unroll=self.compute.unroll, remat=self.compute.remat)
