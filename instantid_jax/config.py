@@ -370,10 +370,14 @@ class ComputeConfig:
     """Backend: "xla", "blocked" (over heads and query blocks; for CPU), "cudnn" (NVIDIA), or "auto" by platform and shape."""
     unroll: bool = False
     """Whether equal layers are unrolled instead of scanned: longer compiling, the same numbers."""
-    remat: bool = False
-    """Whether transformer blocks are recomputed in the backward pass to save memory."""
+    remat: str | bool = "none"
+    """What the backward pass computes again instead of keeping it, to save memory: "none"; "dots", in transformer blocks all but the
+    products with weights; "blocks", whole transformer blocks; "full", residual blocks too. True and False mean "blocks" and "none"."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.remat, bool):
+            object.__setattr__(self, "remat", "blocks" if self.remat else "none")
+        require("ComputeConfig", "remat", self.remat, ("none", "dots", "blocks", "full"))
         require("ComputeConfig", "dtype", self.dtype, ("float32", "bfloat16", "float16"))
         require("ComputeConfig", "attention", self.attention, ("auto", "xla", "blocked", "cudnn"))
 

@@ -11,6 +11,7 @@ from instantid_jax.nn.attention import IdentitySite, KeysValues
 from instantid_jax.nn.conv import Conv, Downsample
 from instantid_jax.nn.embeddings import TimestepEmbedding, sinusoid
 from instantid_jax.nn.resnet import ResnetBlock
+from instantid_jax.nn.stacking import recomputed
 from instantid_jax.nn.transformer import Transformer2D
 
 SiteKeysValues = dict[str, KeysValues]
@@ -107,7 +108,7 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: UNetConfig, *, compute: ComputeConfig, rngs: nnx.Rngs):
         dtype, channels = jnp.dtype(compute.dtype), config.block_out_channels
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.remat = config, dtype, compute.remat
         self.conv_in = Conv(config.in_channels, channels[0], dtype=dtype, rngs=rngs)
         self.time_embedding = TimestepEmbedding(channels[0], config.time_embed_dim, dtype=dtype, rngs=rngs)
         if config.addition_embed_type == "text_time":
@@ -147,16 +148,20 @@ class Encoder(nnx.Module):
         skips = [x]
         for i, block in enumerate(self.down_blocks):
             for j, resnet in enumerate(block.resnets):
-                x = resnet(x, time)
+                x = self.residual(resnet, x, time)
                 if block.attentions:
                     x = attend(block.attentions[j], f"down_blocks/{i}/attentions/{j}", x, text, identity)
                 skips.append(x)
             for downsampler in block.downsamplers:
                 x = downsampler(x)
                 skips.append(x)
-        x = self.mid_block.resnets[0](x, time)
+        x = self.residual(self.mid_block.resnets[0], x, time)
         x = attend(self.mid_block.attentions[0], "mid_block/attentions/0", x, text, identity)
-        return self.mid_block.resnets[1](x, time), skips
+        return self.residual(self.mid_block.resnets[1], x, time), skips
+
+    def residual(self, block: ResnetBlock, x: Array, time: Array) -> Array:
+        """Runs a residual block, which `ComputeConfig.remat` "full" computes again in the backward pass."""
+        return recomputed(lambda x, time: block(x, time), self.remat == "full")(x, time)
 
 
 def attend(transformer: Transformer2D, site: str, x: Array, text: TextContext, identity: IdentityContext | None) -> Array:

@@ -98,7 +98,7 @@ class UNet(Encoder):
             x = x + residuals.mid
         for i, block in enumerate(self.up_blocks):
             for j, resnet in enumerate(block.resnets):
-                x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), time)
+                x = self.residual(resnet, jnp.concatenate([x, skips.pop()], axis=-1), time)
                 if block.attentions:
                     x = attend(block.attentions[j], f"up_blocks/{i}/attentions/{j}", x, text, identity)
             for upsampler in block.upsamplers:

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 Layer = TypeVar("Layer", bound=nnx.Module)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def stack_of(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) -> Layer:
@@ -29,16 +30,31 @@ def scan_layers(
     xs: Any = None,
     *,
     unroll: bool = False,
-    remat: bool = False,
+    remat: str | bool = "none",
 ) -> tuple[Any, Any]:
-    """Runs ``carry, y = apply(layer, carry, x)`` through the layers in order; returns the last carry and the stacked ys."""
+    """Runs ``carry, y = apply(layer, carry, x)`` through the layers in order; returns the last carry and the stacked ys.
+
+    `remat` is `ComputeConfig.remat`: what of a layer is computed again in the backward pass.
+    """
     graphdef, state = nnx.split(stacked)
 
     def body(carry: Any, item: Any) -> Any:
         parameters, x = item
         return apply(nnx.merge(graphdef, parameters), carry, x)
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, (state, xs), unroll=unroll)
+    return jax.lax.scan(recomputed(body, remat), carry, (state, xs), unroll=unroll)
+
+
+def recomputed(function: Function, remat: str | bool) -> Function:
+    """`function`, with its intermediate values computed again in the backward pass instead of kept, by policy.
+
+    "none" (or False) keeps all, "dots" keeps the results of matrix products with weights, "blocks" and "full" (or True)
+    keep nothing but the inputs.
+    """
+    if remat in ("none", False):
+        return function
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(function, policy=policy)  # type: ignore[return-value]
 
 
 def map_layers(stacked: nnx.Module, apply: Callable[[Any], Any]) -> Any:

@@ -7,12 +7,13 @@ Parameters smaller than `SMALL` elements stay whole on every device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from typing import Any
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from instantid_jax.paths import Tree, first_match, map_paths
+from instantid_jax.paths import first_match
 
 SMALL = 2**16
 
@@ -27,17 +28,15 @@ TENSOR_RULES: tuple[tuple[str, int], ...] = (
 )
 
 
-def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How a parameter is split over the mesh's devices; mesh axes of size one are not used."""
     axes: list[str | None] = [None] * len(shape)
-    size = 1
-    for n in shape:
-        size *= n
-    if size < SMALL:
+    if math.prod(shape) < SMALL:
         return PartitionSpec()
     tensor = first_match(TENSOR_RULES, f"/{path}")
     count = mesh.shape.get("tensor", 1)
-    if tensor is not None and count > 1 and shape[tensor] % count == 0:
+    # An optimizer may keep rows and columns of a kernel under the kernel's name: they have fewer axes.
+    if tensor is not None and count > 1 and -tensor <= len(shape) and shape[tensor] % count == 0:
         axes[len(shape) + tensor] = "tensor"
     shards = mesh.shape.get("fsdp", 1)
     if shards > 1:
@@ -47,6 +46,11 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     return PartitionSpec(*axes)
 
 
-def shardings(tree: Mapping[str, Any], mesh: Mesh) -> Tree:
-    """A sharding for every array of a tree (arrays or `ShapeDtypeStruct`s)."""
-    return map_paths(lambda path, leaf: NamedSharding(mesh, partition_spec(path, tuple(leaf.shape), mesh)), tree)
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A sharding for every array of a tree (arrays or `ShapeDtypeStruct`s); an optimizer's moments lie as their parameters do."""
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, partition_spec(name, tuple(leaf.shape), mesh))
+
+    return jax.tree_util.tree_map_with_path(one, tree)

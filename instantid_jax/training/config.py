@@ -11,6 +11,9 @@ from typing import Literal
 
 from instantid_jax.config import ComputeConfig, ConfigError, ModelConfig
 from instantid_jax.data.loader import LoaderConfig
+from instantid_jax.models.recognizer import RecognizerConfig
+from instantid_jax.published import did_you_mean
+from instantid_jax.training.checks import check_choices, check_ranges
 
 __all__ = [
     "CheckpointConfig",
@@ -207,7 +210,7 @@ class TrainConfig:
     model: ModelConfig
     steps: int = 10_000
     seed: int = 0
-    """Decides everything random: order, dropout, times, noise."""
+    """Decides everything random: order, dropout, times, noise, random weights. `loader.seed` is added to it for order and dropout."""
     data: str = "data"
     """Folder of a prepared data set (``python -m instantid_jax.data.prepare``)."""
     data_split: str = "train"
@@ -217,23 +220,78 @@ class TrainConfig:
     stage: StageConfig = StageConfig()
     init: InitConfig = InitConfig()
     loss: LossConfig = LossConfig()
+    recognizer: RecognizerConfig = RecognizerConfig()
+    """The network of the "recognize" objective and of the identity loss."""
     optimizer: OptimizerConfig = OptimizerConfig()
     compute: ComputeConfig = ComputeConfig()
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
-    """How frozen weights are stored; trained ones are always float32."""
+    """How frozen weights are stored; trained ones, and the autoencoder's, are always float32."""
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
     validation: ValidationConfig = ValidationConfig()
 
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The networks that the run needs."""
+        critic = self.loss.identity_weight > 0 and "recognizer" not in self.stage.networks
+        return (*self.stage.networks, "recognizer") if critic else self.stage.networks
+
+    @property
+    def data_loader(self) -> LoaderConfig:
+        """The loader's settings with the run's seed."""
+        return dataclasses.replace(self.loader, seed=self.seed + self.loader.seed)
+
     def __post_init__(self) -> None:
-        batch, parts = self.loader.global_batch, self.optimizer.accumulate
+        check_choices(self, "TrainConfig")
+        check_ranges(self, "TrainConfig")
+        self._check_init()
+        self._check_parts()
+        self._check_validation()
+
+    def _check_init(self) -> None:
+        init = self.init
+        known = ("vae", "text_encoder", "text_encoder_2", "unet", "identitynet", "adapter", "resampler", "recognizer")
+        for field, names, allowed in (("from_base", init.from_base, ("identitynet", "adapter")), ("random", init.random, known)):
+            for name in names:
+                if name not in allowed:
+                    raise ConfigError(f"TrainConfig: init.{field} knows {', '.join(allowed)}, not {name!r}{did_you_mean(name, allowed)}")
+        if twice := sorted(set(init.from_base) & set(init.random)):
+            raise ConfigError(f"TrainConfig: init names {twice[0]!r} twice: from_base and random")
+
+    def _check_parts(self) -> None:
+        batch, parts, loss, optimizer = self.loader.global_batch, self.optimizer.accumulate, self.loss, self.optimizer
         shards = self.mesh.data * self.mesh.fsdp
         if batch % (parts * shards):
             raise ConfigError(f"TrainConfig: loader.global_batch {batch} must be divisible by accumulate x data x fsdp = {parts * shards}")
-        for name in (*self.init.from_base, *self.init.random):
-            if name in self.init.from_base and name in self.init.random:
-                raise ConfigError(f"TrainConfig: init names {name!r} twice: from_base and random")
-        if unknown := set(self.init.from_base) - {"identitynet", "adapter"}:
-            raise ConfigError(f"TrainConfig: init.from_base knows identitynet and adapter, not {', '.join(sorted(unknown))}")
+        if optimizer.warmup > self.steps:
+            raise ConfigError(f"TrainConfig: optimizer.warmup {optimizer.warmup} is longer than the run of {self.steps} steps")
+        if optimizer.name == "prodigy" and optimizer.learning_rate < 0.01:
+            raise ConfigError(f"TrainConfig: prodigy finds the step size itself; optimizer.learning_rate is a factor, 1 is usual, got {optimizer.learning_rate}")
+        low, high = loss.timestep_bias_range
+        total = self.model.scheduler.num_train_timesteps
+        if loss.timestep_bias == "range" and not 0 <= low < high <= total:
+            raise ConfigError(f"TrainConfig: loss.timestep_bias_range must lie in 0 to {total}, got {low} to {high}")
+        if self.stage.objective == "reconstruct" and self.loader.cached_latents:
+            raise ConfigError("TrainConfig: stage.objective reconstruct needs pictures; set loader.cached_latents to False")
+        if loss.crop is not None and loss.crop % self.model.vae.downscale:
+            raise ConfigError(f"TrainConfig: loss.crop must be a multiple of {self.model.vae.downscale} pixels, the autoencoder's grid, got {loss.crop}")
+        pure = self.model.scheduler.rescale_betas_zero_snr and self.model.scheduler.prediction_type == "epsilon"
+        if loss.identity_weight and pure:
+            raise ConfigError("TrainConfig: loss.identity_weight needs a clean latent at every time, which noise prediction at zero SNR does not give")
+        if loss.weighting == "clipped_v" and self.model.scheduler.prediction_type != "epsilon":
+            raise ConfigError("TrainConfig: loss.weighting clipped_v is for networks that predict noise; this model predicts v")
+
+    def _check_validation(self) -> None:
+        check = self.checkpoint
+        if check.keep_best and (self.validation.every is None or check.every % self.validation.every):
+            raise ConfigError(
+                f"TrainConfig: checkpoint.keep_best ranks checkpoints by {check.metric}, so checkpoint.every ({check.every}) must be a multiple of "
+                f"validation.every ({self.validation.every})"
+            )
+        known = ("validation/loss", "validation/wrong_person_gap", "validation/wrong_pose_gap")
+        if check.metric not in known:
+            raise ConfigError(f"TrainConfig: checkpoint.metric {check.metric!r} is none of {', '.join(known)}{did_you_mean(check.metric, known)}")
+        if self.stage.objective == "recognize" and self.validation.samples_every is not None:
+            raise ConfigError("TrainConfig: the recognize objective makes no pictures; set validation.samples_every to None")

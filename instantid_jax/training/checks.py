@@ -1,0 +1,76 @@
+"""What can be said of a configuration without looking at data, weights or devices: names, ranges, parts that do not go together."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from typing import Any, Literal
+
+from instantid_jax.published import ConfigError, did_you_mean
+
+__all__ = ["check_choices", "check_ranges"]
+
+# Fields by where they lie: (smallest, largest value). None as a value is always allowed where the field allows it.
+RANGES: dict[str, tuple[float, float]] = {
+    "steps": (1, math.inf),
+    "loss.min_snr_gamma": (0, math.inf),
+    "loss.clipped_v_limit": (1, math.inf),
+    "loss.noise_offset": (0, 1),
+    "loss.input_perturbation": (0, 1),
+    "loss.timestep_bias_portion": (0, 1),
+    "loss.timestep_bias_factor": (0, math.inf),
+    "loss.face_weight": (0, math.inf),
+    "loss.identity_weight": (0, math.inf),
+    "loss.kl_weight": (0, math.inf),
+    "loss.gradient_weight": (0, math.inf),
+    "loss.crop": (1, math.inf),
+    "optimizer.learning_rate": (0, math.inf),
+    "optimizer.warmup": (0, math.inf),
+    "optimizer.hold": (0, 1),
+    "optimizer.final": (0, 1),
+    "optimizer.b1": (0, 1),
+    "optimizer.b2": (0, 1),
+    "optimizer.eps": (0, math.inf),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.clip_norm": (1e-12, math.inf),
+    "optimizer.ema": (0, 1),
+    "optimizer.accumulate": (1, math.inf),
+    "mesh.data": (1, math.inf),
+    "mesh.fsdp": (1, math.inf),
+    "mesh.tensor": (1, math.inf),
+    "checkpoint.every": (1, math.inf),
+    "checkpoint.keep": (1, math.inf),
+    "checkpoint.keep_best": (0, math.inf),
+    "guard.spike": (1, math.inf),
+    "guard.limit": (1, math.inf),
+    "log.every": (1, math.inf),
+    "log.bucket_count": (1, math.inf),
+    "validation.every": (1, math.inf),
+    "validation.batches": (1, math.inf),
+    "validation.samples_every": (1, math.inf),
+    "validation.samples": (1, math.inf),
+    "validation.sample_steps": (1, math.inf),
+}
+
+
+def check_choices(config: Any, where: str) -> None:
+    """Raises `ConfigError` where a field that is one of some words, here or in a part, is another."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        if dataclasses.is_dataclass(value):
+            check_choices(value, f"{where}.{field.name}")
+        elif typing.get_origin(hint) is Literal and value not in (known := typing.get_args(hint)):
+            raise ConfigError(f"{where}.{field.name}: {value!r} is none of {', '.join(map(str, known))}{did_you_mean(str(value), map(str, known))}")
+
+
+def check_ranges(config: Any, where: str) -> None:
+    """Raises `ConfigError` where a number of `RANGES` is out of its range."""
+    for path, (low, high) in RANGES.items():
+        value = config
+        for name in path.split("."):
+            value = getattr(value, name)
+        if value is not None and not low <= value <= high:
+            limit = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise ConfigError(f"{where}: {path} must be {limit}, got {value}")
