@@ -13,11 +13,11 @@ import sys
 import warnings
 from typing import Annotated, Literal
 
-import jax
 import tyro
 
+from instantid_jax.parallel.distributed import join
 from instantid_jax.training.config import TrainConfig
-from instantid_jax.training.loop import BadSteps, Run, train
+from instantid_jax.training.loop import BadSteps, Run, noted_signals, train
 from instantid_jax.training.plan import dry_run, explain_sharding
 from instantid_jax.training.recipes import load_recipe
 
@@ -36,12 +36,19 @@ class Command:
     resume_damaged: Literal["stop", "previous"] = "stop"
     """Where the newest checkpoint is damaged: stop, or go on from the one before."""
     distributed: bool = False
-    """Join the other processes of a pod or cluster (`jax.distributed`); on TPU pods and Slurm all is found by itself."""
+    """Join the other processes of a pod or cluster (`jax.distributed`); on TPU pods and Slurm all is found by itself, elsewhere give
+    the three below."""
+    coordinator: str | None = None
+    """Address "host:port" of process 0."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """Which one this is, from 0."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     chosen, rest = first.parse_known_args(arguments)
     warnings.showwarning = lambda message, *_: print(f"train.py: {message}", file=sys.stderr)
@@ -58,14 +65,15 @@ def main(arguments: list[str] | None = None) -> int:
 def run(command: Command) -> int:
     """Plans or trains. Raises ValueError, OSError or BadSteps with one clear message."""
     if command.distributed:
-        jax.distributed.initialize()
+        join(command.coordinator, command.processes, command.process)
     if command.explain_sharding:
         print(explain_sharding(command.recipe))
         return 0
     if command.dry_run:
         print(dry_run(command.recipe))
         return 0
-    return train(Run(command.recipe), resume_step=command.resume_step, damaged=command.resume_damaged)
+    with noted_signals() as stopping:
+        return train(Run(command.recipe), resume_step=command.resume_step, damaged=command.resume_damaged, stopping=stopping)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """Checkpoints of a run: the whole state in Orbax, written in the background, there whole or not at all.
 
-Beside the arrays lie, in the checkpoint's own metadata, the position in the data, the loss history of the guard and the
-resolved configuration. An old checkpoint is deleted only after a newer one is complete.
+Beside the arrays lie, in the checkpoint's own metadata, the position in the data, the loss history of the guard, the
+resolved configuration, and a fingerprint of every array: what is read back is what was written, to the bit, on any mesh.
+An old checkpoint is deleted only after a newer one is complete.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +22,17 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from instantid_jax.checkpoint import quiet_orbax
+from instantid_jax.parallel.distributed import is_main, synchronize
 from instantid_jax.training.config import CheckpointConfig
+from instantid_jax.training.fingerprint import fingerprints
 
-__all__ = ["CheckpointError", "Checkpoints", "Restored"]
+__all__ = ["CheckpointError", "Checkpoints", "Restored", "lease"]
 
 _policies = ocp.training.preservation_policies
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names it and what to do."""
+    """A checkpoint that cannot be written or used; the message names it and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,81 +52,148 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         keep: list[Any] = [_policies.LatestN(max(config.keep, 1))]
         if config.keep_best:
-            keep.append(_policies.BestN(get_metric_fn=lambda metrics: -float(metrics["value"]), n=config.keep_best))
-        with quiet_orbax():
-            self._orbax = ocp.training.Checkpointer(
-                self.folder, preservation_policy=_policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
-            )
+            keep.append(_policies.BestN(lambda metrics: -float(metrics["value"]), n=config.keep_best, keep_checkpoints_without_metrics=False))
+        try:
+            with quiet_orbax():
+                self._orbax = ocp.training.Checkpointer(
+                    self.folder, preservation_policy=_policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
+                )
+        except OSError as problem:
+            raise CheckpointError(f"{self.folder} cannot be used for checkpoints ({_first_line(problem)})") from problem
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
-        return sorted(found.step for found in self._orbax.checkpoints)
+        """Steps whose folders have a checkpoint's name, complete or damaged, oldest first."""
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any], value: float | None = None) -> None:
         """Begins to write `state` in the background; it may be donated or changed as soon as this returns.
 
-        `extra` is JSON; `value` is the validation metric, lower being better.
+        `extra` is JSON; `value` is the validation metric, lower being better. Raises `CheckpointError` where the step is
+        there already, or where this or the previous save fails.
         """
-        if step in self.steps:
-            return
+        arrays, text = _named(state), json.dumps(dict(extra))
+        about = {"text": text, "sha256": _digest(text), "fingerprints": fingerprints(arrays)}
         metrics = None if value is None else {"value": float(value)}
-        with quiet_orbax():
-            self._orbax.save_pytree_async(step, _named(state), force=True, metrics=metrics, custom_metadata=dict(extra))
+        with self._failing(f"checkpoint {self.folder / str(step)} cannot be written"), quiet_orbax():
+            self._orbax.save_async(step, arrays, force=True, metrics=metrics, custom_metadata=about)
 
     def wait(self) -> None:
-        """Returns when everything is written. Raises what went wrong in the background."""
-        with quiet_orbax():
+        """Returns when everything is written. Raises `CheckpointError` for what went wrong in the background."""
+        with self._failing(f"a checkpoint in {self.folder} could not be written"), quiet_orbax():
             self._orbax.wait()
 
     def close(self) -> None:
         """Waits for the writing and ends it."""
-        with quiet_orbax():
+        with self._failing(f"a checkpoint in {self.folder} could not be written"), quiet_orbax():
             self._orbax.close()
+
+    @contextlib.contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as problem:  # Orbax passes on whatever the file system or its threads raise
+            raise CheckpointError(f"{what} ({_first_line(problem)}); earlier checkpoints are untouched") from problem
 
     def restore(self, like: Any, *, step: int | None = None, damaged: str = "stop") -> Restored | None:
         """The newest checkpoint (or that of `step`) in the shapes and places of `like`; None where there is none.
 
         `like` is a tree of `ShapeDtypeStruct`s with shardings, which may be other than when the checkpoint was written.
         A checkpoint that cannot be read raises `CheckpointError`; with `damaged="previous"` the one before is taken.
+        Newer ones than the one that was taken are moved aside: the run that goes on will write those steps again.
         """
         steps = self.steps
-        if step is not None:
-            if step not in steps:
-                raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}")
-            steps = [step]
-        for number in reversed(steps):
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}")
+        for number in [step] if step is not None else reversed(steps):
             try:
-                return self._read(number, like)
+                found = self._read(number, like)
             except _Damaged as problem:
                 earlier = [s for s in steps if s < number]
-                if damaged != "previous" or not earlier:
-                    hint = f"; --resume-damaged previous goes on from step {earlier[-1]}" if earlier else ""
+                if damaged != "previous" or not earlier or step is not None:
+                    hint = f"; --resume-damaged previous goes on from step {earlier[-1]}" if earlier and step is None else ""
                     raise CheckpointError(f"checkpoint {self.folder / str(number)} is damaged ({problem}){hint}") from problem
-                print(f"checkpoint {self.folder / str(number)} is damaged ({problem}); going on from step {earlier[-1]}", flush=True)
+                _say(f"checkpoint {self.folder / str(number)} is damaged ({problem}); going on from step {earlier[-1]}")
+                continue
+            self._set_aside([s for s in steps if s > number])
+            return found
         return None
 
     def _read(self, step: int, like: Any) -> Restored:
         wanted = _named(like)
+        with quiet_orbax(), _damaging():
+            self._orbax.reload()
+            found = self._orbax.metadata(step)
+            there, about = dict(found.metadata), dict(found.custom_metadata or {})
+        extra = _extra(about)
+        _compare(self.folder / str(step), there, wanted)
+        with quiet_orbax(), _damaging():
+            arrays = self._orbax.load(step, wanted)
+        for name, number in fingerprints(arrays).items() if "fingerprints" in about else ():
+            if about["fingerprints"].get(name) != number:
+                raise _Damaged(f"{name} is not what was saved")
+        return Restored(step, jax.tree.structure(like).unflatten([arrays[name] for name in wanted]), extra)
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Moves checkpoints to the folder "set_aside" beside theirs. They are not deleted: that is for people to do."""
+        if not steps:
+            return
+        aside = self.folder.with_name("set_aside")
+        if is_main():
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                number = sum(1 for path in aside.iterdir() if path.name.split("-")[0] == str(step))
+                os.replace(self.folder / str(step), aside / f"{step}-{number + 1}")
+        synchronize("checkpoints set aside")
         with quiet_orbax():
-            try:
-                found = self._orbax.pytree_metadata(step)
-                there, extra = dict(found.metadata), dict(found.custom_metadata or {})
-            except (ValueError, OSError, KeyError, TypeError, RuntimeError) as problem:
-                raise _Damaged(_first_line(problem)) from problem
-            _compare(self.folder / str(step), there, wanted)
-            try:
-                arrays = self._orbax.load_pytree(step, wanted)
-            except (ValueError, OSError, KeyError, TypeError, RuntimeError) as problem:
-                raise _Damaged(_first_line(problem)) from problem
-        leaves, structure = jax.tree.flatten(like)
-        names = list(_named(like))
-        assert len(names) == len(leaves)
-        return Restored(step, structure.unflatten([arrays[name] for name in names]), extra)
+            self._orbax.reload()
+        _say(f"moved the later checkpoints of steps {', '.join(map(str, steps))} to {aside}")
+
+
+@contextlib.contextmanager
+def lease(folder: Path) -> Iterator[None]:
+    """Within it, no other process trains in `folder`: Orbax would delete what the other is writing. It ends with the process.
+
+    Raises `CheckpointError` where another one holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            raise CheckpointError(f"another process is training in {folder}; wait for it, or give this run another --out") from problem
+        yield
 
 
 class _Damaged(Exception):
     pass
+
+
+@contextlib.contextmanager
+def _damaging() -> Iterator[None]:
+    """Whatever fails while a checkpoint is read is damage of it."""
+    try:
+        yield
+    except Exception as problem:
+        raise _Damaged(_first_line(problem)) from problem
+
+
+def _say(text: str) -> None:
+    if is_main():
+        print(text, flush=True)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _extra(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What was saved beside the state. Raises `_Damaged` where it is not as it was written."""
+    if "data" in about:  # before fingerprints were kept
+        return dict(about)
+    if _digest(about.get("text", "")) != about.get("sha256"):
+        raise _Damaged("the data position and settings in its metadata are not what was saved")
+    return json.loads(about["text"])
 
 
 def _first_line(problem: BaseException) -> str:
@@ -136,19 +210,10 @@ def _compare(where: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -
     lines = [f"  only in the checkpoint: {name} {tuple(there[name].shape)}" for name in there if name not in wanted]
     lines += [f"  only in this run: {name} {tuple(np.shape(wanted[name]))}" for name in wanted if name not in there]
     for name in there.keys() & wanted.keys():
-        old, new = tuple(there[name].shape), tuple(wanted[name].shape)
+        old, new = (f"{tuple(x.shape)} {np.dtype(x.dtype).name}" for x in (there[name], wanted[name]))
         if old != new:
             lines.append(f"  {name}: {old} in the checkpoint, {new} in this run")
     if lines:
         rest = f"\n  and {len(lines) - 12} more" if len(lines) > 12 else ""
         listed = "\n".join(sorted(lines)[:12])
         raise CheckpointError(f"checkpoint {where} is of another model, stage or optimizer:\n{listed}{rest}\nuse its own config, or another --out")
-
-
-@contextlib.contextmanager
-def abandoned(checkpoints: Checkpoints) -> Any:
-    """Closes the checkpoints whatever happens within."""
-    try:
-        yield checkpoints
-    finally:
-        checkpoints.close()

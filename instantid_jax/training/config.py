@@ -216,14 +216,14 @@ class TrainConfig:
     data_split: str = "train"
     out: str = "runs/instantid"
     """Folder of the run: checkpoints, log, samples, exported weights."""
-    loader: LoaderConfig = LoaderConfig()
+    loader: LoaderConfig = dataclasses.field(default_factory=LoaderConfig)
     stage: StageConfig = StageConfig()
     init: InitConfig = InitConfig()
     loss: LossConfig = LossConfig()
-    recognizer: RecognizerConfig = RecognizerConfig()
+    recognizer: RecognizerConfig = dataclasses.field(default_factory=RecognizerConfig)
     """The network of the "recognize" objective and of the identity loss."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    compute: ComputeConfig = ComputeConfig()
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     """How frozen weights are stored; trained ones, and the autoencoder's, are always float32."""
     mesh: MeshConfig = MeshConfig()
@@ -268,7 +268,8 @@ class TrainConfig:
         if optimizer.warmup > self.steps:
             raise ConfigError(f"TrainConfig: optimizer.warmup {optimizer.warmup} is longer than the run of {self.steps} steps")
         if optimizer.name == "prodigy" and optimizer.learning_rate < 0.01:
-            raise ConfigError(f"TrainConfig: prodigy finds the step size itself; optimizer.learning_rate is a factor, 1 is usual, got {optimizer.learning_rate}")
+            found = f"1 is usual, got {optimizer.learning_rate}"
+            raise ConfigError(f"TrainConfig: prodigy finds the step size itself; optimizer.learning_rate is a factor, {found}")
         low, high = loss.timestep_bias_range
         total = self.model.scheduler.num_train_timesteps
         if loss.timestep_bias == "range" and not 0 <= low < high <= total:
@@ -276,10 +277,10 @@ class TrainConfig:
         if self.stage.objective == "reconstruct" and self.loader.cached_latents:
             raise ConfigError("TrainConfig: stage.objective reconstruct needs pictures; set loader.cached_latents to False")
         if loss.crop is not None and loss.crop % self.model.vae.downscale:
-            raise ConfigError(f"TrainConfig: loss.crop must be a multiple of {self.model.vae.downscale} pixels, the autoencoder's grid, got {loss.crop}")
+            raise ConfigError(f"TrainConfig: loss.crop must be a multiple of the autoencoder's {self.model.vae.downscale} pixels, got {loss.crop}")
         pure = self.model.scheduler.rescale_betas_zero_snr and self.model.scheduler.prediction_type == "epsilon"
         if loss.identity_weight and pure:
-            raise ConfigError("TrainConfig: loss.identity_weight needs a clean latent at every time, which noise prediction at zero SNR does not give")
+            raise ConfigError("TrainConfig: loss.identity_weight needs a clean latent at every time; noise prediction at zero SNR gives none")
         if loss.weighting == "clipped_v" and self.model.scheduler.prediction_type != "epsilon":
             raise ConfigError("TrainConfig: loss.weighting clipped_v is for networks that predict noise; this model predicts v")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,8 +39,8 @@ class Log:
         if self.active:
             print(text, file=self._stream, flush=True)
 
-    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One event: a JSONL line, numbers to TensorBoard, and a console line of the main ones."""
+    def record(self, kind: str, step: int, values: dict[str, Any], *, quiet: bool = False) -> None:
+        """One event: a JSONL line, numbers to TensorBoard, and (unless `quiet`) a console line of the main ones."""
         if not self.active or not values:
             return
         assert self._file is not None
@@ -47,11 +48,11 @@ class Log:
         self._file.write(json.dumps({"kind": kind, "step": step, **clean}) + "\n")
         self._file.flush()
         if self._board is not None:
-            for name, value in clean.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+            for name, value in _numbers(clean):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in clean.items() if isinstance(value, int | float))
-        self.say(f"{kind} {step}: {shown}")
+        if not quiet:
+            self.say(f"{kind} {step}: {shown}")
 
     def picture(self, step: int, image: Image.Image) -> Path:
         """Saves a grid of samples."""
@@ -68,8 +69,17 @@ class Log:
             self._board.close()
 
 
+def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Every number with its name; those of a list as name/0, name/1 and so on."""
+    for name, value in values.items():
+        parts = {f"{name}/{i}": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}
+        yield from ((key, item) for key, item in parts.items() if isinstance(item, int | float))
+
+
 def _finite(value: Any) -> Any:
     """JSON has no infinities."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -57,7 +57,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     elif config.name == "lion":
         parts.append(optax.lion(rate, b1=config.b1, b2=config.b2, **decay))
     elif config.name == "adafactor":
-        parts.append(optax.adafactor(rate, weight_decay_rate=config.weight_decay or None, weight_decay_mask=_decayed))
+        # optax.adafactor takes the decay off the weights undiminished by the learning rate, which would soon erase them.
+        parts += [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()]
+        parts += [optax.add_decayed_weights(config.weight_decay, _decayed), optax.scale_by_learning_rate(rate)]
     else:
         parts.append(optax.contrib.prodigy(rate, betas=(config.b1, config.b2), eps=config.eps, weight_decay=config.weight_decay))
     if config.multipliers:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from instantid_jax.models import build_networks
 from instantid_jax.pipeline import NETWORKS, InstantIDPipeline
-from instantid_jax.training.objectives import clean_latents, to_signed
+from instantid_jax.training.objectives import to_signed
 
 if TYPE_CHECKING:
-    from instantid_jax.training.loop import Run
+    from instantid_jax.training.run import Run
 
 __all__ = ["sample_grid"]
 
@@ -26,9 +25,13 @@ def sample_grid(run: Run) -> Image.Image:
     weights = jax.tree.map(np.asarray, jax.device_get(run.weights()))
     truth = _pictures(run, weights, batch)
     if run.config.stage.objective == "reconstruct":
-        image = jnp.asarray(to_signed(jnp.asarray(batch["image"])))
-        vae = run.networks["vae"].bind(weights["vae"])
-        rows = [batch["image"], _uint8(np.asarray(vae.decode(vae.encode(image).mean)) / 2 + 0.5)]
+        network = run.networks["vae"]
+
+        def rebuild(vae: dict, image: jax.Array) -> jax.Array:
+            bound = network.bind(vae)
+            return bound.decode(bound.encode(to_signed(image)).mean)
+
+        rows = [batch["image"], _uint8(np.asarray(jax.jit(rebuild)(weights["vae"], batch["image"])) / 2 + 0.5)]
     else:
         rows = [truth, *([batch["keypoint_image"]] if "keypoint_image" in batch else []), _generate(run, weights, batch)]
     return Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0))
@@ -42,10 +45,8 @@ def _pictures(run: Run, weights: dict, batch: dict[str, np.ndarray]) -> np.ndarr
     """The photos, decoded from cached latents where there are no others."""
     if "image" in batch:
         return batch["image"]
-    vae = run.networks["vae"].bind(weights["vae"])
-    arrays = {name: jnp.asarray(batch[name]) for name in ("latent_mean", "latent_logvar")}
-    latents = clean_latents(run.objective, weights, arrays, {"latent": jnp.zeros_like(arrays["latent_mean"])})
-    return _uint8(np.asarray(vae.decode(vae.unscale(latents))) / 2 + 0.5)
+    network = run.networks["vae"]
+    return _uint8(np.asarray(jax.jit(lambda vae, mean: network.bind(vae).decode(mean))(weights["vae"], batch["latent_mean"])) / 2 + 0.5)
 
 
 def _generate(run: Run, weights: dict, batch: dict[str, np.ndarray]) -> np.ndarray:
@@ -53,7 +54,8 @@ def _generate(run: Run, weights: dict, batch: dict[str, np.ndarray]) -> np.ndarr
     networks = build_networks(config.model)
     blank = {name: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), networks[name].abstract) for name in NETWORKS if name not in weights}
     pipe = InstantIDPipeline(config.model, weights | blank, run.tokenizers, compute=config.compute)
-    height, width = (side * config.model.vae.downscale for side in batch["latent_mean"].shape[1:3]) if "latent_mean" in batch else batch["image"].shape[1:3]
+    factor = config.model.vae.downscale
+    height, width = batch["image"].shape[1:3] if "image" in batch else (side * factor for side in batch["latent_mean"].shape[1:3])
     prompts = run.tokenizers[0].decode(batch["input_ids"])
     out = []
     for row, prompt in enumerate(prompts):

@@ -5,7 +5,7 @@ Trees of a training are nested dicts ``{network: parameters}``; `split` cuts one
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,21 +55,25 @@ def initial_state(parameters: Tree, optimizer: optax.GradientTransformation, *, 
     return TrainState(jnp.int32(0), jnp.int32(0), parameters, optimizer.init(parameters), copy)
 
 
-def initial_parameters(networks: Mapping[str, Network], init: InitConfig, key: jax.Array) -> Tree:
-    """Weights of every network, each from where `init` says."""
+def initial_parameters(networks: Mapping[str, Network], init: InitConfig, key: jax.Array, only: Collection[str] | None = None) -> Tree:
+    """Weights of every network, or of `only` these, each from where `init` says."""
+    wanted = set(networks if only is None else only)
+    derived = wanted & set(init.from_base)
     tree: Tree = {}
     for number, (name, network) in enumerate(networks.items()):
+        if name not in wanted and not (name == "unet" and derived):
+            continue
         if name in init.random:
-            tree[name] = network.init(jax.random.fold_in(key, number))
+            tree[name] = jax.jit(network.init)(jax.random.fold_in(key, number))
         elif name not in init.from_base:
             tree[name] = network.from_disk(load_weights(_folder(init, name)), name)
     for number, (name, network) in enumerate(networks.items()):
-        if name in init.from_base:
-            start = network.init(jax.random.fold_in(key, 1000 + number))
+        if name in derived:
+            start = jax.jit(network.init)(jax.random.fold_in(key, 1000 + number))
             tree[name] = {"identitynet": _identitynet, "adapter": _adapter}[name](start, tree["unet"])
             if name == "identitynet" and init.condition_gain is not None:
                 tree[name] = _live_condition(tree[name], init.condition_gain, jax.random.fold_in(key, 2000))
-    return {name: tree[name] for name in networks}
+    return {name: tree[name] for name in networks if name in wanted}
 
 
 def _folder(init: InitConfig, name: str) -> Path:

@@ -34,6 +34,8 @@ class Metrics(NamedTuple):
     bucket_loss: Array
     """Sum of the plain loss by noise level, [buckets], low noise first."""
     bucket_count: Array
+    sample_loss: Array
+    """The weighted loss of every sample, [b]."""
 
 
 Step = Callable[[TrainState, Tree, Mapping[str, Array], Array], tuple[TrainState, Metrics]]
@@ -89,7 +91,7 @@ def make_step(objective: Objective, config: TrainConfig, optimizer: optax.Gradie
             keep(ema, state.ema),
         )
         buckets = jax.nn.one_hot((rows.time * config.log.bucket_count).astype(jnp.int32), config.log.bucket_count)
-        told = Metrics(value, jnp.mean(rows.plain), norm, rate(state.updates), good, rows.plain @ buckets, jnp.sum(buckets, 0))
+        told = Metrics(value, jnp.mean(rows.plain), norm, rate(state.updates), good, rows.plain @ buckets, jnp.sum(buckets, 0), rows.loss)
         return fresh, told
 
     return step

@@ -12,6 +12,7 @@ from typing import Any
 from instantid_jax.checkpoint import save_weights
 from instantid_jax.config import ModelConfig, from_json, to_json
 from instantid_jax.models import Network
+from instantid_jax.parallel.distributed import is_main, synchronize
 from instantid_jax.text import Tokenizer, write_default_tokenizers
 from instantid_jax.training.config import InitConfig
 from instantid_jax.training.state import InitError
@@ -42,18 +43,27 @@ def saved_model(weights: str | Path) -> ModelConfig:
 def export_weights(
     folder: Path, model: ModelConfig, networks: Mapping[str, Network], parameters: Mapping[str, Any], init: InitConfig, tokenizers: Path
 ) -> None:
-    """Writes config, tokenizers and every network into `folder`, replacing what was there only when all is written.
+    """Writes config, tokenizers and the given networks (host arrays) into `folder`, replacing what was there only when all is written.
 
-    Networks that the run did not touch are copied from its starting weights.
+    Whatever else the run started from is copied. All processes call it together; one of them moves files.
     """
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    (part / "config.json").write_text(to_json(model) + "\n", encoding="utf-8")
-    for name in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(tokenizers / name, part / name)
+    if is_main():
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        (part / "config.json").write_text(to_json(model) + "\n", encoding="utf-8")
+        for name in ("tokenizer", "tokenizer_2"):
+            shutil.copytree(tokenizers / name, part / name)
+    synchronize("export begins")
     for name, tree in parameters.items():
         save_weights(part / name, networks[name].to_disk(tree))
+    if is_main():
+        _finish(folder, part, init)
+    synchronize("export ends")
+
+
+def _finish(folder: Path, part: Path, init: InitConfig) -> None:
+    """Copies what is missing in `part` and gives it its name."""
     base = None if init.weights is None else Path(init.weights)
     for found in sorted(base.iterdir()) if base is not None and base.is_dir() else ():
         if found.is_dir() and not (part / found.name).exists() and not found.name.startswith("."):
