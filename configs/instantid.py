@@ -13,7 +13,7 @@ def config() -> TrainConfig:
     return TrainConfig(
         model=sdxl(),
         steps=100_000,
-        data="data",
+        data=("data",),
         out="runs/instantid",
         loader=LoaderConfig(global_batch=96, resolution=1024),
         init=InitConfig(weights="weights"),

@@ -15,7 +15,7 @@ def config() -> TrainConfig:
     return TrainConfig(
         model=saved_model(BASE),
         steps=12_000,
-        data="data/portraits_latents",
+        data=("data/portraits_latents",),
         out="runs/portraits",
         loader=LoaderConfig(
             global_batch=32,

@@ -27,7 +27,7 @@ def config() -> TrainConfig:
     return TrainConfig(
         model=dataclasses.replace(portraits(), vae=saved_model(VAE).vae),
         steps=12_000,
-        data="data/portraits_latents",
+        data=("data/portraits_latents",),
         out="runs/portraits_base",
         loader=LoaderConfig(
             global_batch=32, resolution=64, cached_latents=True, keypoint_style="none", identity_caption=0.75, drop_text=0.1, num_threads=1

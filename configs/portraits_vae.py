@@ -18,7 +18,7 @@ def config() -> TrainConfig:
     return TrainConfig(
         model=portraits(),
         steps=4000,
-        data="data/portraits",
+        data=("data/portraits",),
         out="runs/portraits_vae",
         loader=LoaderConfig(global_batch=32, resolution=64, random_crop=False, keypoint_style="none", num_threads=1),
         stage=StageConfig(objective="reconstruct", trainable=(r"^vae/",)),

@@ -32,13 +32,15 @@ class PortraitReader:
     """Side in pixels of the picture that is embedded; 0 takes the portrait's. A recogniser sees more in a larger one."""
     first_view: int = 0
     """Number of the first view; another one gives other portraits of the same people."""
+    skip: int = 0
+    """How many people of each split are passed over, so that a set can be made in parts."""
 
     def __post_init__(self) -> None:
         for split, count in self.people:
             if split not in _FIRST_SEED:
                 raise DataError(f"PortraitReader: there is no split {split!r}, only {', '.join(_FIRST_SEED)}")
-            first = _FIRST_SEED[split]
-            if count < 1 or self.world.split(first + count - 1) != split:
+            first = _FIRST_SEED[split] + self.skip
+            if count < 1 or self.skip < 0 or self.world.split(first + count - 1) != split:
                 raise DataError(f"PortraitReader: {count} people do not fit the split {split!r}, which begins with seed {first}")
 
     @property
@@ -50,7 +52,7 @@ class PortraitReader:
         """Ranges of identity seeds."""
         for name, count in self.people:
             if split in (None, name):
-                first = _FIRST_SEED[name]
+                first = _FIRST_SEED[name] + self.skip
                 for start in range(first, first + count, _CHUNK):
                     yield start, min(start + _CHUNK, first + count)
 

@@ -157,6 +157,8 @@ class Portraits(_Preparing):
     """People in "test", at most 1000."""
     views: int = 4
     """Portraits of each person."""
+    skip: int = 0
+    """People of each split who are passed over: a set can be made in parts, which training takes together."""
     embed_size: int = 128
     """Side in pixels of the rendering that is embedded; 0 takes the picture itself."""
 
@@ -166,7 +168,7 @@ class Portraits(_Preparing):
         from instantid_jax.data.portraits import PortraitWorld
 
         people = tuple((split, count) for split, count in (("train", self.train), ("validation", self.validation), ("test", self.test)) if count)
-        reader = PortraitReader(PortraitWorld(image_size=self.image_size), people, self.views, self.embed_size)
+        reader = PortraitReader(PortraitWorld(image_size=self.image_size), people, self.views, self.embed_size, skip=self.skip)
         filters = FilterConfig(min_side=0, min_face_share=0.0, min_det_score=0.0, duplicates="none")
         return self.prepare(reader, filters, reader.splits, 0.0)
 

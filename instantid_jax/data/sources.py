@@ -234,12 +234,26 @@ class JoinedSource:
 
 
 def open_source(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], split: str = "train") -> RecordSource:
-    """The data set in a folder, or in the only data set's folder below it; several folders are joined in the order given. Raises `DataError`."""
-    if isinstance(path, (str, os.PathLike)):
-        return DatasetSource(find_dataset(path), split)
-    if not path:
+    """The data set in a folder, or in the only data set's folder below it; several folders are joined in the order given.
+
+    Of several, those that have the split are taken: a part may hold training rows alone. Raises `DataError`.
+    """
+    folders = [find_dataset(one) for one in ([path] if isinstance(path, (str, os.PathLike)) else path)]
+    if not folders:
         raise DataError("no data set is named")
-    return JoinedSource([DatasetSource(find_dataset(one), split) for one in path])
+    if len(folders) == 1:
+        return DatasetSource(folders[0], split)
+    having = [folder for folder in folders if split in _split_names(folder)]
+    if not having:
+        raise DataError(f"no data set among {', '.join(map(str, folders))} has a split {split!r}")
+    return JoinedSource([DatasetSource(folder, split) for folder in having])
+
+
+def _split_names(folder: Path) -> list[str]:
+    import tensorflow_datasets as tfds
+
+    with quiet_tfds():
+        return sorted(tfds.builder_from_directory(folder).info.splits)
 
 
 def find_dataset(path: str | os.PathLike[str]) -> Path:
@@ -256,12 +270,8 @@ def find_dataset(path: str | os.PathLike[str]) -> Path:
 
 def splits_of(path: str | os.PathLike[str]) -> dict[str, DatasetSource]:
     """Every split of a data set by name, sorted."""
-    import tensorflow_datasets as tfds
-
     folder = find_dataset(path)
-    with quiet_tfds():
-        names = sorted(tfds.builder_from_directory(folder).info.splits)
-    return {name: DatasetSource(folder, name) for name in names}
+    return {name: DatasetSource(folder, name) for name in _split_names(folder)}
 
 
 class SameIdentity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import zipfile
@@ -32,7 +33,7 @@ def digest(*parts: Any) -> str:
 def digest_tree(tree: Any) -> str:
     """A hash of a tree of arrays with their paths, such as a model's weights."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return digest(*(part for path, leaf in leaves for part in (jax.tree_util.keystr(path), np.asarray(leaf).view(np.uint8))))
+    return digest(*(part for path, leaf in leaves for part in (jax.tree_util.keystr(path), np.asarray(leaf))))
 
 
 class Store:
@@ -50,7 +51,7 @@ class Store:
         if path is None or not path.is_file():
             return None
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
                 return {name: np.asarray(arrays[name]) for name in arrays.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             return None

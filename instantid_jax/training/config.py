@@ -211,8 +211,8 @@ class TrainConfig:
     steps: int = 10_000
     seed: int = 0
     """Decides everything random: order, dropout, times, noise, random weights. `loader.seed` is added to it for order and dropout."""
-    data: str = "data"
-    """Folder of a prepared data set (``python -m instantid_jax.data.prepare``)."""
+    data: tuple[str, ...] = ("data",)
+    """Folders of prepared data sets (``python -m instantid_jax.data.prepare``); several are one data set made in parts."""
     data_split: str = "train"
     out: str = "runs/instantid"
     """Folder of the run: checkpoints, log, samples, exported weights."""

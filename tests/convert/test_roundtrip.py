@@ -82,7 +82,7 @@ def test_the_networks_accept_what_was_written(converted: Path) -> None:
 
 def test_sizes_of_the_resampler_are_read_from_its_tensors(converted: Path) -> None:
     resampler = from_json(ModelConfig, (converted / "config.json").read_text()).resampler
-    assert dataclasses.astuple(resampler) == (1280, 4, 64, 20, 16, 512, 80, 4)
+    assert dataclasses.astuple(resampler) == (1280, 4, 64, 20, 16, 512, 80, 4, "perceiver", False)
 
 
 def test_the_manifest_says_where_everything_is_from(converted: Path, golden_snapshot: Path) -> None:

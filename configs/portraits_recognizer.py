@@ -1,0 +1,36 @@
+"""Rendered heads, second stage: a small recogniser that reads the face embedding in latents, for the identity loss.
+
+It learns to say what the face recogniser says of the same picture. With `configs/ablations/portraits_paper.py` it is not needed.
+"""
+
+from instantid_jax.data.loader import LoaderConfig
+from instantid_jax.training.config import (
+    CheckpointConfig,
+    InitConfig,
+    LogConfig,
+    LossConfig,
+    OptimizerConfig,
+    StageConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from instantid_jax.training.weights import saved_model
+
+VAE = "runs/portraits_vae/weights"
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        model=saved_model(VAE),
+        steps=6000,
+        data=("data/portraits_latents",),
+        out="runs/portraits_recognizer",
+        loader=LoaderConfig(global_batch=32, resolution=64, cached_latents=True, keypoint_style="none", num_threads=1),
+        stage=StageConfig(objective="recognize", trainable=(r"^recognizer/",)),
+        init=InitConfig(weights=VAE, from_base=(), random=("recognizer",)),
+        loss=LossConfig(timesteps="stratified"),
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup=100, weight_decay=0.05, ema=0.998),
+        checkpoint=CheckpointConfig(every=500),
+        log=LogConfig(every=100),
+        validation=ValidationConfig(every=500),
+    )
