@@ -1,4 +1,4 @@
-"""Rendered heads, third stage: InstantID itself. IdentityNet, adapter and resampler learn against the frozen base.
+"""Rendered heads, fourth stage: InstantID itself. IdentityNet, adapter and resampler learn against the frozen base.
 
 References are other pictures of the same person, captions mostly say nothing of the person, and a recogniser's embedding of
 the reference says the rest. `condition_gain` and the learning-rate factors make the keypoint branch start on a small budget.

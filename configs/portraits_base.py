@@ -1,7 +1,7 @@
-"""Rendered heads, second stage: the text-to-image base and its two text towers, on the first stage's latents.
+"""Rendered heads, third stage: the text-to-image base and its two text towers, on the first stage's latents.
 
     python -m instantid_jax.data.prepare cache --data data/portraits --resolution 64 \\
-        --weights runs/portraits_vae_whole/weights --out data/portraits_latents
+        --weights runs/portraits_vae/weights --out data/portraits_latents
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from instantid_jax.training.config import (
 )
 from instantid_jax.training.weights import saved_model
 
-VAE = "runs/portraits_vae_whole/weights"
+VAE = "runs/portraits_vae/weights"
 
 
 def config() -> TrainConfig:

@@ -17,13 +17,13 @@ from instantid_jax.training.config import (
 def config() -> TrainConfig:
     return TrainConfig(
         model=portraits(),
-        steps=4000,
+        steps=2800,
         data=("data/portraits",),
         out="runs/portraits_vae",
-        loader=LoaderConfig(global_batch=32, resolution=64, random_crop=False, keypoint_style="none", num_threads=1),
+        loader=LoaderConfig(global_batch=8, resolution=64, random_crop=False, keypoint_style="none", num_threads=1),
         stage=StageConfig(objective="reconstruct", trainable=(r"^vae/",)),
         init=InitConfig(from_base=(), random=("vae",)),
-        loss=LossConfig(crop=32, kl_weight=1e-6),
+        loss=LossConfig(kl_weight=1e-6),
         optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup=100, ema=0.998),
         checkpoint=CheckpointConfig(every=250),
         log=LogConfig(every=50),
