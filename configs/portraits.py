@@ -21,7 +21,6 @@ def config() -> TrainConfig:
             global_batch=32,
             resolution=64,
             cached_latents=True,
-            keypoint_scale=0.15,
             paired_reference=0.85,
             identity_caption=0.15,
             drop_text=0.05,

@@ -344,6 +344,8 @@ class ModelConfig:
     force_zeros_for_empty_prompt: bool = True
     face_analyzer: str = "antelopev2"
     """The face backend whose embeddings the adapter was trained on."""
+    keypoint_scale: float = 1.0
+    """Size of the drawn keypoints' dots and limbs relative to the published drawing, which suits a thousand pixels."""
 
     def __post_init__(self) -> None:
         text = self.text_encoder.hidden_size + self.text_encoder_2.hidden_size
@@ -486,4 +488,5 @@ def portraits() -> ModelConfig:
         scheduler=SchedulerConfig(prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=0),
         force_zeros_for_empty_prompt=False,
         face_analyzer="opencv",
+        keypoint_scale=0.15,
     )

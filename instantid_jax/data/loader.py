@@ -81,7 +81,8 @@ class LoaderConfig:
     keypoint_style: str = "five"
     """"five" points and their limbs, "dense" adds the record's landmarks, "none" makes no picture."""
     keypoint_scale: float = 1.0
-    """Size of dots and limbs relative to the published drawing, which suits a thousand pixels (limbs 8 px wide, dots 20 px)."""
+    """Size of dots and limbs relative to the published drawing, which suits a thousand pixels (limbs 8 px wide, dots 20 px).
+    Training takes it from `ModelConfig.keypoint_scale`."""
     cached_latents: bool = False
     """Whether latents out of the records replace pictures; the crop is then the one that was encoded."""
     cached_text: bool = False

@@ -63,8 +63,6 @@ class Settings:
     """Full strength of IdentityNet."""
     adapter_scale: float = 1.0
     """Full strength of the image adapter."""
-    keypoint_scale: float = 0.15
-    """Size of the drawn keypoints, as the weights were trained with."""
     seed: int = 0
     """Person i is drawn from the noise of seed + i, in every arm."""
     batch: int = 20
@@ -99,12 +97,12 @@ def run(s: Settings) -> dict[str, Any]:
         print(NOTICE, file=sys.stderr)
     pipe = default_pipeline() if s.weights is None else InstantIDPipeline.from_pretrained(s.weights)
     size = pipe.config.unet.sample_size * pipe.config.vae.downscale
-    sampling = Sampling(size, s.steps, s.guidance_scale, s.sampler, s.keypoint_scale)
+    sampling = Sampling(size, s.steps, s.guidance_scale, s.sampler, pipe.config.keypoint_scale)
     painter = Painter(pipe, sampling, store, s.batch)
     bench = _bench(s, pipe.config.face_analyzer, PortraitWorld(image_size=size), store)
     results = _run_arms(s, names, bench, painter)
     result = _result(s, bench, painter, {name: results[name] for name in names})
-    _write(s.out, result, _sheet(bench.panel, results, s.keypoint_scale))
+    _write(s.out, result, _sheet(bench.panel, results, sampling.keypoint_scale))
     return result
 
 

@@ -77,6 +77,9 @@ class InitConfig:
     condition_gain: float | None = None
     """Variance gain of IdentityNet's keypoint convolutions. None is the published start (framework default, last layer zero), which
     on a small budget hardly begins to learn; 2.5 keeps the signal's size through the six SiLU layers, and the last layer starts at half size."""
+    latent_logvar: float | None = None
+    """Log-variance at which the latents of a random autoencoder start. None starts near 0, where the noise drowns the picture and takes
+    thousands of steps to shrink; -8 starts almost deterministic."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,8 +243,8 @@ class TrainConfig:
 
     @property
     def data_loader(self) -> LoaderConfig:
-        """The loader's settings with the run's seed."""
-        return dataclasses.replace(self.loader, seed=self.seed + self.loader.seed)
+        """The loader's settings with the run's seed, and keypoints drawn as the model wants them."""
+        return dataclasses.replace(self.loader, seed=self.seed + self.loader.seed, keypoint_scale=self.model.keypoint_scale)
 
     def __post_init__(self) -> None:
         check_choices(self, "TrainConfig")

@@ -122,7 +122,7 @@ class Run:
         """The fixed validation batches: no dropout, in the order of the validation set."""
         config = self.config
         source = self._validation_source or open_source(config.data, config.validation.split)
-        plain = dataclasses.replace(config.loader, drop_text=0.0, drop_identity=0.0, drop_both=0.0, num_threads=0, seed=0)
+        plain = dataclasses.replace(config.data_loader, drop_text=0.0, drop_identity=0.0, drop_both=0.0, num_threads=0, seed=0)
         loader = self._loader(source, plain)
         batches = [self.global_batch(next(loader)) for _ in range(config.validation.batches)]
         loader.close()

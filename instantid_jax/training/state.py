@@ -65,6 +65,8 @@ def initial_parameters(networks: Mapping[str, Network], init: InitConfig, key: j
             continue
         if name in init.random:
             tree[name] = jax.jit(network.init)(jax.random.fold_in(key, number))
+            if name == "vae" and init.latent_logvar is not None:
+                tree[name] = _quiet_latents(tree[name], init.latent_logvar)
         elif name not in init.from_base:
             tree[name] = network.from_disk(load_weights(_folder(init, name)), name)
     for number, (name, network) in enumerate(networks.items()):
@@ -99,6 +101,16 @@ def _adapter(start: Tree, unet: Tree) -> Tree:
     """Every `to_k_ip` and `to_v_ip` is the `to_k` or `to_v` of its site."""
     base = flatten(unet)
     return map_paths(lambda path, leaf: jnp.array(base[path.replace("_ip/", "/")]).reshape(leaf.shape), start)
+
+
+def _quiet_latents(tree: Tree, logvar: float) -> Tree:
+    """An autoencoder whose latents start with this log-variance: it is the bias of the layer that gives their distribution."""
+    last = "quant_conv/bias" if "quant_conv" in tree else "encoder/conv_out/bias"
+
+    def shift(path: str, leaf: jax.Array) -> jax.Array:
+        return leaf.at[leaf.shape[0] // 2 :].set(logvar) if path == last else leaf
+
+    return map_paths(shift, tree)
 
 
 def _live_condition(tree: Tree, gain: float, key: jax.Array) -> Tree:
