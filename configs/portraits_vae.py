@@ -23,7 +23,7 @@ def config() -> TrainConfig:
         loader=LoaderConfig(global_batch=8, resolution=64, random_crop=False, keypoint_style="none", num_threads=1),
         stage=StageConfig(objective="reconstruct", trainable=(r"^vae/",)),
         init=InitConfig(from_base=(), random=("vae",), latent_logvar=-8.0),
-        loss=LossConfig(kl_weight=1e-6),
+        loss=LossConfig(kl_weight=1e-9),
         optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup=100, ema=0.998),
         checkpoint=CheckpointConfig(every=250),
         log=LogConfig(every=50),
