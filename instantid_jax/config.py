@@ -416,9 +416,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
     elif isinstance(value, list):
         for option in options:
-            if typing.get_origin(option) is tuple:
-                inner = typing.get_args(option)[0]
-                return tuple(_convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value))
+            inner = typing.get_args(option) if typing.get_origin(option) is tuple else ()
+            if inner and (inner[-1] is ... or len(inner) == len(value)):
+                kinds = inner[:1] * len(value) if inner[-1] is ... else inner
+                return tuple(_convert(kind, v, f"{where}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True)))
+    elif any(typing.get_origin(o) is typing.Literal and value in typing.get_args(o) for o in options):
+        return value
     elif any(isinstance(value, o) and not (isinstance(value, bool) and o is not bool) for o in options if isinstance(o, type)):
         return value
     elif float in options and isinstance(value, int) and not isinstance(value, bool):

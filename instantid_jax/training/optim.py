@@ -61,10 +61,24 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         parts += [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()]
         parts += [optax.add_decayed_weights(config.weight_decay, _decayed), optax.scale_by_learning_rate(rate)]
     else:
-        parts.append(optax.contrib.prodigy(rate, betas=(config.b1, config.b2), eps=config.eps, weight_decay=config.weight_decay))
+        parts.append(_prodigy(config, rate))
     if config.multipliers:
         parts.append(_scale_by_path(config.multipliers))
     return optax.chain(*parts)
+
+
+def _prodigy(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """optax's Prodigy with a decay that spares what `_decayed` spares, which optax's own does not."""
+    plain = optax.contrib.prodigy(rate, betas=(config.b1, config.b2), eps=config.eps)
+
+    def update(gradients: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
+        updates, after = plain.update(gradients, state, parameters)
+        n = after.count.astype(jnp.float32)
+        step = state.estim_lr * rate(state.count) * jnp.sqrt(1 - config.b2**n) / (1 - config.b1**n)
+        decay = config.weight_decay * step
+        return jax.tree.map(lambda u, p, on: u - decay * p if on else u, updates, parameters, _decayed(parameters)), after
+
+    return optax.GradientTransformation(plain.init, update)
 
 
 def _decayed(parameters: Any) -> Any:

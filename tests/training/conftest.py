@@ -1,4 +1,8 @@
-"""A model so small that a training step compiles in seconds, records in memory with cached latents, and a run made of them."""
+"""A model so small that all of a run fits a moment, records in memory with cached latents, and runs made of them.
+
+Most of the trainer is one whatever is learned, so most tests train the recogniser of latents (`quick`), whose step compiles
+in a second; those of the denoising objective share one compiled program.
+"""
 
 import sys
 from pathlib import Path
@@ -8,6 +12,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import small
+
+from instantid_jax.parallel.mesh import make_mesh
+from instantid_jax.training.loop import Run
+from instantid_jax.training.program import Program
 
 
 @pytest.fixture(scope="session")
@@ -20,12 +28,27 @@ def source():
     return small.source(24)
 
 
-@pytest.fixture
-def make_run(tmp_path, source):
-    """``make_run(out="name", **fields)``: a run in the test's folder; nested fields as "loss__face_weight"."""
-    from instantid_jax.training.loop import Run
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory, model):
+    """Starting weights of every network."""
+    return small.write_weights(tmp_path_factory.mktemp("start") / "weights", model)
 
-    def make(out="run", validation=None, records=None, **fields):
-        return Run(small.recipe(tmp_path / out, **fields), source=records or source, validation=validation or source)
+
+@pytest.fixture(scope="session")
+def program(weights):
+    """The compiled side of `quick` runs."""
+    return Program(small.quick("unused", weights), make_mesh())
+
+
+@pytest.fixture
+def make_run(tmp_path, source, weights, program):
+    """``make_run(out="name", **fields)``: a quick run in the test's folder; nested fields as "guard__policy".
+
+    It shares the session's compiled step, unless `fresh` says that a field changes the step itself.
+    """
+
+    def make(out="run", *, records=None, fresh=False, **fields):
+        config = small.quick(tmp_path / out, weights, **fields)
+        return Run(config, source=records or source, validation=source, program=None if fresh else program)
 
     return make

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from instantid_jax.checkpoint import save_weights
 from instantid_jax.config import (
     AutoencoderConfig,
     CLIPTextConfig,
@@ -16,19 +17,24 @@ from instantid_jax.config import (
     ResamplerConfig,
     SchedulerConfig,
     UNetConfig,
+    to_json,
 )
 from instantid_jax.data.loader import LoaderConfig
 from instantid_jax.data.record import CachedLatents, Record, View
 from instantid_jax.data.sources import MemorySource
 from instantid_jax.face.align import ARCFACE_TEMPLATE
+from instantid_jax.models.recognizer import RecognizerConfig
+from instantid_jax.paths import Tree, map_paths
 from instantid_jax.training.config import (
     CheckpointConfig,
     InitConfig,
     LogConfig,
     OptimizerConfig,
+    StageConfig,
     TrainConfig,
     ValidationConfig,
 )
+from instantid_jax.training.networks import training_networks
 
 SIDE = 16  # pixels; latents are 8 x 8 x 4
 
@@ -98,24 +104,60 @@ def source(count: int = 24, *, latents: bool = True) -> MemorySource:
     return MemorySource([record(i, latents=latents) for i in range(count)])
 
 
-def recipe(out: Path | str, **fields: Any) -> TrainConfig:
-    """A short run of the third stage; fields of parts are named "loss__face_weight"."""
+def draw(abstract: Tree, seed: int = 0) -> Tree:
+    """Weights of the usual size for shapes: drawn by NumPy, which compiles nothing."""
+    rng = np.random.default_rng(seed)
+
+    def one(path: str, leaf: Any) -> np.ndarray:
+        name, fan_in = path.rsplit("/", 1)[-1], max(int(np.prod(leaf.shape[:-1])), 1)
+        deviation = 0.02 if name in ("scale", "bias") else fan_in**-0.5
+        return (deviation * rng.normal(size=leaf.shape) + (name == "scale")).astype(np.float32)
+
+    return map_paths(one, abstract)
+
+
+def write_weights(folder: Path, model: ModelConfig) -> Path:
+    """A folder of starting weights with every network that a run may read from it."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(to_json(model))
+    networks = training_networks(recipe(folder, model=model)) | training_networks(quick(folder, folder, model=model))
+    for number, (name, network) in enumerate(networks.items()):
+        save_weights(folder / name, network.to_disk(draw(network.abstract, number)))
+    return folder
+
+
+def recipe(out: Path | str, weights: Path | str | None = None, **fields: Any) -> TrainConfig:
+    """A short run of the third stage from `weights`; fields of parts are named "loss__face_weight"."""
     own = {name: value for name, value in fields.items() if "__" not in name}
     config = TrainConfig(
         model=own.pop("model", None) or model(),
         steps=own.pop("steps", 4),
         out=str(out),
-        loader=LoaderConfig(global_batch=8, resolution=SIDE, cached_latents=True, keypoint_scale=0.15, num_threads=0),
-        init=InitConfig(from_base=("identitynet", "adapter"), random=("resampler", "unet", "vae", "text_encoder", "text_encoder_2")),
+        loader=LoaderConfig(global_batch=8, resolution=SIDE, cached_latents=True, num_threads=0),
+        stage=own.pop("stage", StageConfig()),
+        init=own.pop("init", None) or InitConfig(weights=str(weights or out)),
+        recognizer=RecognizerConfig(widths=(16,), norm_num_groups=4),
         optimizer=OptimizerConfig(learning_rate=1e-3, ema=0.99),
         checkpoint=CheckpointConfig(every=2),
         log=LogConfig(every=1),
         validation=ValidationConfig(every=None, batches=1, samples=2, sample_steps=2),
     )
+    return changed(config, **{name: value for name, value in fields.items() if "__" in name} | own)
+
+
+def quick(out: Path | str, weights: Path | str, **fields: Any) -> TrainConfig:
+    """The same for the recogniser of latents, one residual block: its step compiles in a second, and all else is the real trainer."""
+    stage = StageConfig(objective="recognize", trainable=(r"^recognizer/",))
+    init = InitConfig(weights=str(weights), from_base=(), random=("recognizer",))
+    return recipe(out, **{"stage": stage, "init": init, "loader__keypoint_style": "none", **fields})
+
+
+def changed(config: TrainConfig, **fields: Any) -> TrainConfig:
+    """The configuration with other fields; those of parts are named "loss__face_weight"."""
     parts: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
         if "__" in name:
             part, field = name.split("__")
             parts.setdefault(part, {})[field] = value
-    changed = {part: dataclasses.replace(getattr(config, part), **values) for part, values in parts.items()}
-    return dataclasses.replace(config, **own, **changed)
+    own: dict[str, Any] = {name: value for name, value in fields.items() if "__" not in name}
+    return dataclasses.replace(config, **own, **{part: dataclasses.replace(getattr(config, part), **values) for part, values in parts.items()})

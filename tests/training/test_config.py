@@ -1,0 +1,109 @@
+"""What a configuration accepts, and what it says of one that makes no sense."""
+
+import dataclasses
+
+import pytest
+import small
+
+from instantid_jax.config import ConfigError, from_json, to_json
+from instantid_jax.training.checks import RANGES
+from instantid_jax.training.config import INSTANTID, InitConfig, LossConfig, OptimizerConfig, StageConfig, TrainConfig
+
+
+def test_it_survives_json():
+    config = small.recipe("out", "weights", optimizer__multipliers=((r"^adapter/", 2.0),), loss__timestep_bias_range=(3, 40))
+    assert from_json(TrainConfig, to_json(config)) == config
+
+
+def test_the_defaults_are_the_paper_s():
+    config = TrainConfig(small.model())
+    assert config.stage.trainable == INSTANTID and config.stage.identitynet_context == "identity"
+    assert config.loss == LossConfig() and config.loss.weighting == "none" and config.loss.identity_weight == 0
+    assert (config.loader.drop_text, config.loader.drop_identity, config.loader.drop_both) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"stage__objective": "denoice"}, "TrainConfig.stage.objective: 'denoice' is none of .*; did you mean 'denoise'"),
+        ({"optimizer__name": "adamv"}, "did you mean 'adamw'"),
+        ({"optimizer__schedule": "cosin"}, "did you mean 'cosine'"),
+        ({"loss__weighting": "minsnr"}, "did you mean 'min_snr'"),
+        ({"guard__policy": "skipp"}, "did you mean 'skip'"),
+        ({"checkpoint__metric": "validation/los"}, "did you mean 'validation/loss'"),
+        ({"init": InitConfig(from_base=("identitnet",))}, "init.from_base knows identitynet, adapter, not 'identitnet'; did you mean 'identitynet'"),
+        ({"init": InitConfig(random=("resample",))}, "did you mean 'resampler'"),
+        ({"init": InitConfig(random=("adapter",))}, "names 'adapter' twice"),
+        ({"optimizer__accumulate": 3}, "global_batch 8 must be divisible by accumulate x data x fsdp = 3"),
+        ({"mesh__data": 4, "mesh__fsdp": 4}, "divisible by accumulate x data x fsdp = 16"),
+        ({"optimizer__warmup": 5}, "warmup 5 is longer than the run of 4 steps"),
+        ({"optimizer__name": "prodigy"}, "prodigy finds the step size itself; .* got 0.001"),
+        ({"loss__timestep_bias": "range", "loss__timestep_bias_range": (500, 400)}, "must lie in 0 to 1000, got 500 to 400"),
+        ({"stage__objective": "reconstruct"}, "reconstruct needs pictures; set loader.cached_latents to False"),
+        ({"loss__crop": 7}, "multiple of the autoencoder's 2 pixels, got 7"),
+        ({"checkpoint__keep_best": 1}, "ranks checkpoints by validation/loss"),
+        ({"model": small.model("v_prediction"), "loss__weighting": "clipped_v"}, "clipped_v is for networks that predict noise"),
+        ({"stage__objective": "recognize", "validation__samples_every": 2}, "makes no pictures"),
+    ],
+)
+def test_what_does_not_fit_is_named(fields, says):
+    with pytest.raises(ConfigError, match=says):
+        small.recipe("out", "weights", **fields)
+
+
+def test_an_identity_loss_needs_a_clean_latent():
+    model = small.model()
+    pure = dataclasses.replace(model, scheduler=dataclasses.replace(model.scheduler, rescale_betas_zero_snr=True))
+    with pytest.raises(ConfigError, match="noise prediction at zero SNR"):
+        small.recipe("out", "weights", model=pure, loss__identity_weight=0.1)
+
+
+@pytest.mark.parametrize("path", sorted(RANGES))
+def test_numbers_out_of_range_are_named(path):
+    low, high = RANGES[path]
+    fields = {path.replace(".", "__"): low - 1, "checkpoint__every": 2} | ({path.replace(".", "__"): low - 1})
+    with pytest.raises(ConfigError, match=f"TrainConfig: {path} must be (at least|between)"):
+        small.recipe("out", "weights", **fields)
+    if high != float("inf"):
+        with pytest.raises(ConfigError, match=f"between {low:g} and {high:g}, got {high + 1:g}"):
+            small.recipe("out", "weights", **{path.replace(".", "__"): high + 1})
+
+
+def test_every_number_has_a_range():
+    config = TrainConfig(small.model())
+    free = {"seed", "init.condition_gain", "init.latent_logvar", "validation.guidance_scale"}
+    numbers = {"steps"}
+    for part in ("init", "loss", "optimizer", "mesh", "checkpoint", "guard", "log", "validation"):
+        hints = {field.name: str(field.type) for field in dataclasses.fields(getattr(config, part))}
+        numbers |= {f"{part}.{name}" for name, kind in hints.items() if kind.split(" ")[0] in ("int", "float")}
+    assert numbers - free == RANGES.keys()
+
+
+def test_a_typo_in_saved_json_gives_the_nearest_name():
+    text = to_json(TrainConfig(small.model())).replace('"learning_rate"', '"lerning_rate"')
+    with pytest.raises(ConfigError, match=r"TrainConfig.optimizer: unknown field 'lerning_rate'; did you mean 'learning_rate'"):
+        from_json(TrainConfig, text)
+
+
+@pytest.mark.parametrize(
+    ("stage", "networks"),
+    [
+        (StageConfig(), {"vae", "text_encoder", "text_encoder_2", "unet", "identitynet", "adapter", "resampler"}),
+        (StageConfig(identitynet=False), {"vae", "text_encoder", "text_encoder_2", "unet", "adapter", "resampler"}),
+        (StageConfig(adapter=False), {"vae", "text_encoder", "text_encoder_2", "unet", "identitynet", "resampler"}),
+        (StageConfig(adapter=False, identitynet_context="text"), {"vae", "text_encoder", "text_encoder_2", "unet", "identitynet"}),
+        (StageConfig(objective="reconstruct"), {"vae"}),
+        (StageConfig(objective="recognize"), {"vae", "recognizer"}),
+    ],
+)
+def test_a_stage_runs_only_what_it_needs(stage, networks):
+    assert set(stage.networks) == networks
+
+
+def test_an_identity_loss_brings_its_critic():
+    assert "recognizer" in small.recipe("out", "weights", loss__identity_weight=0.1).networks
+
+
+def test_the_seed_of_the_run_decides_the_order():
+    config = small.recipe("out", "weights", seed=7, loader__seed=2, optimizer=OptimizerConfig())
+    assert config.data_loader.seed == 9
