@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from instantid_jax.parallel.distributed import join
+from instantid_jax.parallel.distributed import is_main, join, synchronize
 from instantid_jax.training.config import TrainConfig
 from instantid_jax.training.loop import BadSteps, Run, noted_signals, train
 from instantid_jax.training.plan import dry_run, explain_sharding
@@ -72,8 +74,23 @@ def run(command: Command) -> int:
     if command.dry_run:
         print(dry_run(command.recipe))
         return 0
+    prepare_data(command.recipe)
     with noted_signals() as stopping:
         return train(Run(command.recipe), resume_step=command.resume_step, damaged=command.resume_damaged, stopping=stopping)
+
+
+def prepare_data(config: TrainConfig) -> None:
+    """Makes the data sets that are missing, by the recipe's own commands. Raises ValueError where that fails."""
+    if is_main():
+        for line in config.prepare:
+            arguments = shlex.split(line)
+            if not Path(arguments[arguments.index("--out") + 1]).exists():
+                from instantid_jax.data.prepare import main as prepare  # needs more packages than training does
+
+                print(f"preparing data: {line}", flush=True)
+                if prepare(arguments):
+                    raise ValueError(f"the data could not be prepared by: python -m instantid_jax.data.prepare {line}")
+    synchronize("data")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Rendered heads, fourth stage: InstantID itself. IdentityNet, adapter and resampler learn against the frozen base.
 
 References are other pictures of the same person, captions mostly say nothing of the person, and a recogniser's embedding of
-the reference says the rest. `condition_gain` and the learning-rate factors make the keypoint branch start on a small budget.
+the reference says the rest. Three things go beyond the paper, for a small budget: `condition_gain` and the learning-rate factors
+make the keypoint branch start; faces count more than backgrounds; and the identity loss reads the predicted face. The paper's own
+loss is `configs/ablations/portraits_paper.py`.
 """
 
 from instantid_jax.data.loader import LoaderConfig
@@ -11,9 +13,9 @@ from instantid_jax.training.weights import saved_model
 BASE = "runs/portraits_base/weights"
 
 
-def config() -> TrainConfig:
+def config(base: str = BASE) -> TrainConfig:
     return TrainConfig(
-        model=saved_model(BASE),
+        model=saved_model(base),
         steps=12_000,
         data=("data/portraits_latents",),
         out="runs/portraits",
@@ -28,8 +30,8 @@ def config() -> TrainConfig:
             drop_both=0.03,
             num_threads=1,
         ),
-        init=InitConfig(weights=BASE, condition_gain=2.5),
-        loss=LossConfig(timesteps="stratified"),
+        init=InitConfig(weights=base, condition_gain=2.5),
+        loss=LossConfig(timesteps="stratified", face_weight=1.0, identity_weight=0.3),
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
             schedule="cosine",

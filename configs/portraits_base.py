@@ -1,8 +1,4 @@
-"""Rendered heads, third stage: the text-to-image base and its two text towers, on the first stage's latents.
-
-    python -m instantid_jax.data.prepare cache --data data/portraits --resolution 64 \\
-        --weights runs/portraits_vae/weights --out data/portraits_latents
-"""
+"""Rendered heads, third stage: the text-to-image base and its two text towers, on the first stage's latents."""
 
 import dataclasses
 
@@ -20,12 +16,12 @@ from instantid_jax.training.config import (
 )
 from instantid_jax.training.weights import saved_model
 
-VAE = "runs/portraits_vae/weights"
+START = "runs/portraits_recognizer/weights"
 
 
 def config() -> TrainConfig:
     return TrainConfig(
-        model=dataclasses.replace(portraits(), vae=saved_model(VAE).vae),
+        model=dataclasses.replace(portraits(), vae=saved_model(START).vae),
         steps=12_000,
         data=("data/portraits_latents",),
         out="runs/portraits_base",
@@ -33,7 +29,7 @@ def config() -> TrainConfig:
             global_batch=32, resolution=64, cached_latents=True, keypoint_style="none", identity_caption=0.75, drop_text=0.1, num_threads=1
         ),
         stage=StageConfig(identitynet=False, adapter=False, trainable=(r"^unet/", r"^text_encoder/", r"^text_encoder_2/")),
-        init=InitConfig(weights=VAE, from_base=(), random=("unet", "text_encoder", "text_encoder_2")),
+        init=InitConfig(weights=START, from_base=(), random=("unet", "text_encoder", "text_encoder_2")),
         loss=LossConfig(timesteps="stratified"),
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup=100, hold=0.5, ema=0.999),
         checkpoint=CheckpointConfig(every=500),

@@ -1,6 +1,6 @@
 """Rendered heads, second stage: a small recogniser that reads the face embedding in latents, for the identity loss.
 
-It learns to say what the face recogniser says of the same picture. With `configs/ablations/portraits_paper.py` it is not needed.
+It learns to say what the face recogniser says of the same picture.
 """
 
 from instantid_jax.data.loader import LoaderConfig
@@ -24,6 +24,7 @@ def config() -> TrainConfig:
         model=saved_model(VAE),
         steps=6000,
         data=("data/portraits_latents",),
+        prepare=(f"cache --data data/portraits --resolution 64 --weights {VAE} --out data/portraits_latents",),
         out="runs/portraits_recognizer",
         loader=LoaderConfig(global_batch=32, resolution=64, cached_latents=True, keypoint_style="none", num_threads=1),
         stage=StageConfig(objective="recognize", trainable=(r"^recognizer/",)),

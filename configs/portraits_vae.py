@@ -19,6 +19,7 @@ def config() -> TrainConfig:
         model=portraits(),
         steps=2800,
         data=("data/portraits",),
+        prepare=("portraits --out data/portraits --train 6000 --validation 64 --test 16",),
         out="runs/portraits_vae",
         loader=LoaderConfig(global_batch=8, resolution=64, random_crop=False, keypoint_style="none", num_threads=1),
         stage=StageConfig(objective="reconstruct", trainable=(r"^vae/",)),

@@ -1,7 +1,8 @@
 """Weights on disk: one Orbax checkpoint a network, a flat dict of arrays under their own names.
 
 Arrays are written uncompressed, each in a file of its own (Zarr 3): weights hardly compress, and neither writing nor
-reading then holds a network twice.
+reading then holds a network twice. A small model may instead be one file, ``weights.safetensors``, whose names begin with
+the network's: what is read as FOLDER/NETWORK is then FOLDER/weights.safetensors at "NETWORK/...".
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
+from safetensors import SafetensorError, safe_open
 
-__all__ = ["WeightsError", "load_weights", "quiet_orbax", "save_weights"]
+__all__ = ["WeightsError", "has_weights", "load_weights", "quiet_orbax", "save_weights"]
 
+SINGLE_FILE = "weights.safetensors"
 _METADATA = "_CHECKPOINT_METADATA"
 
 
@@ -63,6 +66,8 @@ def load_weights(directory: str | Path, dtype: str | None = None, shardings: Map
     Raises `WeightsError` for a directory that is absent, damaged or incomplete.
     """
     directory = Path(directory).absolute()
+    if not directory.exists() and (directory.parent / SINGLE_FILE).is_file():
+        return _load_single(directory.parent / SINGLE_FILE, directory.name, dtype, shardings)
     if not (directory / _METADATA).is_file():
         raise WeightsError(f"{directory} holds no weights, or their writing was interrupted (no {_METADATA})")
     _check_files(directory)
@@ -80,6 +85,40 @@ def load_weights(directory: str | Path, dtype: str | None = None, shardings: Map
         first = str(problem).strip().splitlines() or [type(problem).__name__]
         raise WeightsError(f"{directory}: the weights are damaged or incomplete ({first[0][:300]}); convert or copy them again") from problem
     return dict(arrays)
+
+
+def has_weights(directory: str | Path) -> bool:
+    """Whether there is something for `load_weights` to read; it may still be damaged."""
+    directory = Path(directory)
+    if directory.is_dir():
+        return True
+    file = directory.parent / SINGLE_FILE
+    if not file.is_file():
+        return False
+    with _opened(file) as names:
+        return any(name.startswith(f"{directory.name}/") for name in names.keys())  # noqa: SIM118 (no mapping)
+
+
+def _load_single(file: Path, network: str, dtype: str | None, shardings: Mapping[str, jax.sharding.Sharding] | None) -> dict[str, Any]:
+    arrays: dict[str, Any] = {}
+    with _opened(file) as content:
+        for name in content.keys():  # noqa: SIM118 (no mapping)
+            if name.startswith(f"{network}/"):
+                path, array = name.removeprefix(f"{network}/"), content.get_tensor(name)
+                array = array.astype(dtype) if dtype and jax.numpy.issubdtype(array.dtype, np.floating) else array
+                arrays[path] = array if shardings is None else jax.device_put(array, shardings[path])
+    if not arrays:
+        raise WeightsError(f"{file} holds no weights of {network}")
+    return arrays
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="numpy") as content:
+            yield content
+    except SafetensorError as problem:
+        raise WeightsError(f"{file} is damaged ({problem}); copy it again") from problem
 
 
 def _abstract(leaf: Any, dtype: str | None, sharding: jax.sharding.Sharding | None) -> Any:

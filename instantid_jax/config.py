@@ -420,13 +420,24 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             if inner and (inner[-1] is ... or len(inner) == len(value)):
                 kinds = inner[:1] * len(value) if inner[-1] is ... else inner
                 return tuple(_convert(kind, v, f"{where}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True)))
-    elif any(typing.get_origin(o) is typing.Literal and value in typing.get_args(o) for o in options):
-        return value
-    elif any(isinstance(value, o) and not (isinstance(value, bool) and o is not bool) for o in options if isinstance(o, type)):
+    elif any(_is_of(value, option) for option in options):
         return value
     elif float in options and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     raise ConfigError(f"{where}: {value!r} is not a {hint}")
+
+
+def _is_of(value: Any, option: Any) -> bool:
+    """Whether a value is of a type, or one of a Literal's; True and False are no numbers."""
+    if typing.get_origin(option) is typing.Literal:
+        return value in typing.get_args(option)
+    return isinstance(option, type) and isinstance(value, option) and not (isinstance(value, bool) and option is not bool)
+
+
+def _is(value: Any, option: Any) -> bool:
+    if typing.get_origin(option) is typing.Literal:
+        return value in typing.get_args(option)
+    return isinstance(option, type) and isinstance(value, option) and not (isinstance(value, bool) and option is not bool)
 
 
 def sdxl() -> ModelConfig:

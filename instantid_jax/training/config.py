@@ -108,8 +108,8 @@ class LossConfig:
     identity_weight: float = 0.0
     """Beyond the paper: weight of 1 - cos between the embedding that a small frozen recogniser reads in the predicted clean latent and the
     reference's, times abar_t (a prediction from pure noise shows no face). Needs trained "recognizer" weights."""
-    kl_weight: float = 1e-6
-    """Autoencoder: weight of the KL divergence."""
+    kl_weight: float = 1e-9
+    """Autoencoder: weight of the KL divergence, summed over a picture's latents, beside errors that are means over its pixels."""
     gradient_weight: float = 0.5
     """Autoencoder: weight of the L1 error of horizontal and vertical differences, which keeps edges sharp."""
     crop: int | None = None
@@ -216,6 +216,9 @@ class TrainConfig:
     """Decides everything random: order, dropout, times, noise, random weights. `loader.seed` is added to it for order and dropout."""
     data: tuple[str, ...] = ("data",)
     """Folders of prepared data sets (``python -m instantid_jax.data.prepare``); several are one data set made in parts."""
+    prepare: tuple[str, ...] = ()
+    """What makes the data: arguments of ``python -m instantid_jax.data.prepare``, one line a command. train.py runs, in order, those whose
+    --out folder is not there."""
     data_split: str = "train"
     out: str = "runs/instantid"
     """Folder of the run: checkpoints, log, samples, exported weights."""

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 from instantid_jax import config as model_settings
 from instantid_jax.config import ConfigError
@@ -16,18 +17,18 @@ from instantid_jax.training.config import TrainConfig
 __all__ = ["load_recipe"]
 
 
-def load_recipe(path: str | None) -> TrainConfig:
-    """Runs the file and returns what its `config()` gives. Raises `ConfigError` that names the recipes there are."""
+def load_recipe(path: str | None, **arguments: Any) -> TrainConfig:
+    """Runs the file and returns what its `config(**arguments)` gives. Raises `ConfigError` that names the recipes there are."""
     if path is None:
         raise ConfigError(f"name a recipe: --config FILE; there are {_known()}")
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(f"there is no recipe {path}; there are {_known()}")
+        raise ConfigError(f"there is no recipe {path}{did_you_mean(path, _recipes())}; there are {_known()}")
     config = runpy.run_path(str(file)).get("config")
     if not callable(config):
         raise ConfigError(f"{path} is no recipe: it defines no function config()")
     try:
-        made = config()
+        made = config(**arguments)
     except TypeError as problem:
         unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(problem))
         if unknown is None:
@@ -48,6 +49,9 @@ def _fields(owner: str) -> list[str]:
     return [field.name for c in chosen for field in dataclasses.fields(c)]
 
 
+def _recipes() -> list[str]:
+    return sorted(str(file) for file in Path("configs").rglob("*.py") if file.name != "__init__.py")
+
+
 def _known() -> str:
-    found = sorted(str(file) for file in Path("configs").rglob("*.py") if file.name != "__init__.py")
-    return ", ".join(found) or "none below configs/"
+    return ", ".join(_recipes()) or "none below configs/"

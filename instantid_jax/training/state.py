@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from instantid_jax.checkpoint import load_weights
+from instantid_jax.checkpoint import has_weights, load_weights
 from instantid_jax.models import Network
 from instantid_jax.paths import Tree, flatten, map_paths, partition, unflatten
 from instantid_jax.training.config import InitConfig, StageConfig
@@ -82,7 +82,7 @@ def _folder(init: InitConfig, name: str) -> Path:
     if init.weights is None:
         raise InitError(f"{name} has no start: name a folder in init.weights, or list it in init.random or init.from_base")
     folder = Path(init.weights) / name
-    if not folder.is_dir():
+    if not has_weights(folder):
         raise InitError(f"{init.weights} has no weights of {name}; list it in init.random or init.from_base, or give another folder")
     return folder
 
