@@ -7,8 +7,9 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from instantid_jax.checkpoint import WeightsError, load_weights, save_weights
+from instantid_jax.checkpoint import WeightsError, has_weights, load_weights, save_weights
 
 RNG = np.random.default_rng(0)
 FLAT = {
@@ -97,3 +98,26 @@ def test_a_file_that_is_cut_off_is_an_error(name: str, share: float, saved: Path
     (saved / name).write_bytes(data[: int(len(data) * share)])
     with pytest.raises(WeightsError, match="convert or copy"):
         load_weights(saved)
+
+
+def single_file(folder: Path) -> Path:
+    folder.mkdir()
+    save_file({"unet/a/kernel": np.float16([[1, 2]]), "unet/step": np.int32([3]), "vae/b": np.float16([4])}, folder / "weights.safetensors")
+    return folder
+
+
+def test_a_small_model_may_be_one_file(tmp_path: Path) -> None:
+    folder = single_file(tmp_path / "w")
+    found = load_weights(folder / "unet", dtype="float32")
+    assert {path: (x.dtype.name, x.tolist()) for path, x in found.items()} == {"a/kernel": ("float32", [[1.0, 2.0]]), "step": ("int32", [3])}
+    assert has_weights(folder / "vae") and not has_weights(folder / "resampler") and not has_weights(tmp_path / "x" / "vae")
+    with pytest.raises(WeightsError, match="holds no weights of resampler"):
+        load_weights(folder / "resampler")
+
+
+def test_a_damaged_single_file_is_named(tmp_path: Path) -> None:
+    folder = single_file(tmp_path / "w")
+    file = folder / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(WeightsError, match=r"weights\.safetensors is damaged"):
+        load_weights(folder / "unet")
