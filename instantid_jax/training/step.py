@@ -71,7 +71,7 @@ def make_step(objective: Objective, config: TrainConfig, optimizer: optax.Gradie
     def step(state: TrainState, frozen: Tree, batch: Mapping[str, Array], limit: Array) -> tuple[TrainState, Metrics]:
         draws = draw(objective, jax.random.fold_in(root, state.step), batch)
         value, rows, grads = gradient(state.parameters, frozen, batch, draws)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(value) & jnp.isfinite(norm) & (value <= limit)
         updates, moments = optimizer.update(grads, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
