@@ -52,8 +52,10 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         keep: list[Any] = [_policies.LatestN(max(config.keep, 1))]
         if config.keep_best:
-            keep.append(_policies.BestN(lambda metrics: -float(metrics["value"]), n=config.keep_best, keep_checkpoints_without_metrics=False))
+            best = _policies.BestN(get_metric_fn=lambda metrics: -float(metrics["value"]), n=config.keep_best, keep_checkpoints_without_metrics=False)
+            keep.append(best)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             with quiet_orbax():
                 self._orbax = ocp.training.Checkpointer(
                     self.folder, preservation_policy=_policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
