@@ -25,14 +25,14 @@ class Log:
         self._board: Any = None
         if not self.active:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "log.jsonl").open("a", encoding="utf-8")
         if tensorboard:
             try:
                 from tensorboardX import SummaryWriter
             except ImportError as problem:
                 raise ValueError("log.tensorboard needs tensorboardX: pip install 'instantid_jax[train]'") from problem
             self._board = SummaryWriter(str(folder / "tensorboard"))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "log.jsonl").open("a", encoding="utf-8")
 
     def say(self, text: str) -> None:
         """A line for people."""

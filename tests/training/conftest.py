@@ -19,19 +19,20 @@ from instantid_jax.training.program import Program
 
 
 @pytest.fixture(scope="session")
-def model():
-    return small.model()
-
-
-@pytest.fixture(scope="session")
 def source():
     return small.source(24)
 
 
 @pytest.fixture(scope="session")
-def weights(tmp_path_factory, model):
-    """Starting weights of every network."""
-    return small.write_weights(tmp_path_factory.mktemp("start") / "weights", model)
+def weights(tmp_path_factory):
+    """Starting weights of what `quick` runs need."""
+    return small.write_weights(tmp_path_factory.mktemp("quick") / "weights", small.quick("unused", "unused"))
+
+
+@pytest.fixture(scope="session")
+def all_weights(tmp_path_factory):
+    """Starting weights of every network of InstantID, and of the critic of its identity loss."""
+    return small.write_weights(tmp_path_factory.mktemp("all") / "weights", small.recipe("unused", "unused", loss__identity_weight=0.1))
 
 
 @pytest.fixture(scope="session")

@@ -116,12 +116,11 @@ def draw(abstract: Tree, seed: int = 0) -> Tree:
     return map_paths(one, abstract)
 
 
-def write_weights(folder: Path, model: ModelConfig) -> Path:
-    """A folder of starting weights with every network that a run may read from it."""
+def write_weights(folder: Path, config: TrainConfig) -> Path:
+    """A folder of starting weights with every network of a recipe."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(to_json(model))
-    networks = training_networks(recipe(folder, model=model)) | training_networks(quick(folder, folder, model=model))
-    for number, (name, network) in enumerate(networks.items()):
+    (folder / "config.json").write_text(to_json(config.model))
+    for number, (name, network) in enumerate(training_networks(config).items()):
         save_weights(folder / name, network.to_disk(draw(network.abstract, number)))
     return folder
 

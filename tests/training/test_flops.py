@@ -1,0 +1,52 @@
+"""Operations counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from instantid_jax.training.flops import count_flops
+
+
+def counted(function, *shapes):
+    return count_flops(jax.make_jaxpr(function)(*(jnp.zeros(shape) for shape in shapes)))
+
+
+def test_products():
+    assert counted(lambda a, b: a @ b, (3, 4), (4, 5)) == 2 * 3 * 4 * 5
+    assert counted(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (7, 3, 4), (7, 4, 5)) == 7 * 2 * 3 * 4 * 5
+
+
+def test_a_loop_counts_as_often_as_it_runs_also_within_a_jitted_function():
+    def loop(x, w):
+        return jax.lax.scan(lambda c, _: (jax.jit(jnp.matmul)(c, w), None), x, None, length=6)[0]
+
+    assert counted(loop, (3, 4), (4, 4)) == 6 * 2 * 3 * 4 * 4
+
+
+def test_of_branches_the_dearest_counts():
+    assert counted(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x, lambda: x), (4, 4)) == 2 * 4**3
+
+
+def convolution(x, k, strides=(1, 1), groups=1):
+    return jax.lax.conv_general_dilated(x, k, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups)
+
+
+@pytest.mark.parametrize(("strides", "out"), [((1, 1), 64), ((2, 2), 16)])
+def test_convolutions(strides, out):
+    one = 2 * 2 * out * 3 * 3 * 5 * 7  # batch 2, out pixels, 3 x 3 kernel, 5 to 7 channels
+    assert counted(lambda x, k: convolution(x, k, strides), (2, 8, 8, 5), (3, 3, 5, 7)) == one
+    both = jax.grad(lambda x, k: convolution(x, k, strides).sum(), argnums=(0, 1))
+    assert counted(both, (2, 8, 8, 5), (3, 3, 5, 7)) == pytest.approx(3 * one, rel=1e-6)
+
+
+def test_grouped_convolutions():
+    assert counted(lambda x, k: convolution(x, k, groups=2), (1, 8, 8, 4), (3, 3, 2, 6)) == 2 * 64 * 9 * 2 * 6
+
+
+def test_recomputation_counts_again():
+    def layers(x, w):
+        return jnp.sin(jnp.sin(x @ w) @ w).sum()
+
+    plain = counted(jax.grad(layers, argnums=1), (3, 4), (4, 4))
+    assert plain == 5 * 2 * 3 * 4 * 4
+    assert counted(jax.grad(jax.checkpoint(layers), argnums=1), (3, 4), (4, 4)) >= plain + 2 * 3 * 4 * 4
