@@ -5,6 +5,7 @@ Trees of a training are nested dicts ``{network: parameters}``; `split` cuts one
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,9 +72,12 @@ def initial_parameters(networks: Mapping[str, Network], init: InitConfig, key: j
             tree[name] = network.from_disk(load_weights(_folder(init, name)), name)
     for number, (name, network) in enumerate(networks.items()):
         if name in derived:
-            start = jax.jit(network.init)(jax.random.fold_in(key, 1000 + number))
-            tree[name] = {"identitynet": _identitynet, "adapter": _adapter}[name](start, tree["unet"])
-            if name == "identitynet" and init.condition_gain is not None:
+            if name == "adapter":
+                tree[name] = _adapter(network.abstract, tree["unet"])
+                continue
+            new = jax.jit(functools.partial(_new_parts, network))(jax.random.fold_in(key, 1000 + number))
+            tree[name] = _identitynet(network.abstract, new, tree["unet"])
+            if init.condition_gain is not None:
                 tree[name] = _live_condition(tree[name], init.condition_gain, jax.random.fold_in(key, 2000))
     return {name: tree[name] for name in networks if name in wanted}
 
@@ -87,20 +91,24 @@ def _folder(init: InitConfig, name: str) -> Path:
     return folder
 
 
-def _identitynet(start: Tree, unet: Tree) -> Tree:
-    """The UNet's encoder with all its embeddings, `add_embedding` too; the keypoint convolutions and zero convolutions stay."""
-    base, own = flatten(unet), flatten(start)
-    new = {path for path in own if path.startswith("controlnet_")}
-    missing = sorted(path for path in own.keys() - new if path not in base or base[path].shape != own[path].shape)
+def _new_parts(network: Network, key: jax.Array) -> dict[str, jax.Array]:
+    """What IdentityNet has and the UNet has not, flat: the keypoint convolutions and the zero convolutions."""
+    return {path: leaf for path, leaf in flatten(network.init(key)).items() if path.startswith("controlnet_")}
+
+
+def _identitynet(shapes: Tree, new: Mapping[str, jax.Array], unet: Tree) -> Tree:
+    """The UNet's encoder with all its embeddings, `add_embedding` too, and the new parts."""
+    base, own = flatten(unet), flatten(shapes)
+    missing = sorted(path for path in own.keys() - new.keys() if path not in base or base[path].shape != own[path].shape)
     if missing:
         raise InitError(f"identitynet cannot start from this unet: {missing[0]} and {len(missing) - 1} others differ")
-    return unflatten({path: own[path] if path in new else base[path] for path in own})
+    return unflatten({path: new[path] if path in new else base[path] for path in own})
 
 
-def _adapter(start: Tree, unet: Tree) -> Tree:
+def _adapter(shapes: Tree, unet: Tree) -> Tree:
     """Every `to_k_ip` and `to_v_ip` is the `to_k` or `to_v` of its site."""
     base = flatten(unet)
-    return map_paths(lambda path, leaf: jnp.array(base[path.replace("_ip/", "/")]).reshape(leaf.shape), start)
+    return map_paths(lambda path, leaf: jnp.array(base[path.replace("_ip/", "/")]).reshape(leaf.shape), shapes)
 
 
 def _quiet_latents(tree: Tree, logvar: float) -> Tree:
