@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from instantid_jax.data.loader import BatchIterator, LoaderConfig, make_loader
+from instantid_jax.data.record import DataError
 from instantid_jax.data.sources import RecordSource, open_source
 from instantid_jax.parallel.distributed import is_main, stacked, synchronize, to_host
 from instantid_jax.parallel.mesh import batch_sharding, batch_share, make_mesh
@@ -50,6 +51,7 @@ class Run:
         self.networks, self.objective = self.program.networks, self.program.objective
         self.share = batch_share(self.mesh, config.loader.global_batch)
         self.source = source or open_source(config.data, config.data_split)
+        _check_embeddings(config, self.source)
         self._validation_source = validation
         if is_main():
             self.out.mkdir(parents=True, exist_ok=True)
@@ -160,6 +162,19 @@ class Run:
         z = np.concatenate([np.asarray(encode(parameters, self.global_batch(next(loader))["image"])) for _ in range(16)])
         loader.close()
         return z.mean((0, 1, 2)), z.std((0, 1, 2))
+
+
+def _check_embeddings(config: TrainConfig, source: RecordSource) -> None:
+    """Raises `DataError` for a data set whose embeddings the model cannot take."""
+    if config.stage.objective != "recognize" and "resampler" not in config.networks:
+        return
+    own = config.recognizer.embedding_dim if config.stage.objective == "recognize" else None
+    wanted, record = own or config.model.resampler.embedding_dim, source[0]
+    if record.embeddings.shape[1] != wanted:
+        raise DataError(
+            f"the data has embeddings of {record.embeddings.shape[1]} values by {record.embedder!r}, but the model takes {wanted}, by "
+            f"{config.model.face_analyzer!r}; prepare the data with that analyzer, or train a model with this embedding_dim and face_analyzer"
+        )
 
 
 def _as_float32(x: np.ndarray) -> np.ndarray:
