@@ -1,0 +1,6 @@
+"""The tests of training lend their small model and their records."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
