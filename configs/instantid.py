@@ -1,7 +1,8 @@
 """InstantID on SDXL as the paper trains it: 96 pictures a step, no dropout, the plain noise loss; IdentityNet, adapter and resampler learn.
 
 The paper does not give learning rate, optimizer, precision or crops (its section 4.1 is all there is): those here are the usual
-ones of public trainers. Spread the batch and the weights with --mesh, e.g. --mesh.fsdp 48; --optimizer.accumulate needs less memory.
+ones of public trainers. Spread the batch and the weights with --mesh, e.g. --mesh.data 3 --mesh.fsdp 16 for the paper's 48 devices (fsdp
+should divide 320, the narrowest width); --optimizer.accumulate needs less memory.
 """
 
 from instantid_jax.config import ComputeConfig, sdxl

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from instantid_jax.parallel.mesh import abstract_mesh, make_mesh
-from instantid_jax.parallel.rules import partition_spec
+from instantid_jax.parallel.rules import SMALL, partition_spec
 from instantid_jax.paths import flatten
 from instantid_jax.training.config import TrainConfig
 from instantid_jax.training.program import Program
@@ -47,6 +47,7 @@ def explain_sharding(config: TrainConfig) -> str:
     program = Program(config, mesh)
     rows = [("", "path", "shape", "partition", "bytes a device")]
     totals: dict[str, int] = {}
+    whole = 0
 
     def share(path: str, leaf: Any) -> tuple[Any, int]:
         spec = partition_spec(path, leaf.shape, mesh)
@@ -57,10 +58,15 @@ def explain_sharding(config: TrainConfig) -> str:
         for path, leaf in flatten(tree).items():
             spec, local = share(path, leaf)
             totals[title] = totals.get(title, 0) + local
+            if config.mesh.fsdp > 1 and leaf.size >= SMALL and "fsdp" not in spec:
+                whole += local
             rows.append((title, path, "x".join(map(str, leaf.shape)), str(tuple(spec)) if any(spec) else "replicated", f"{local:,}"))
     for title, tree in (("optimizer", program.abstract_state.optimizer), ("moving average", program.abstract_state.ema)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             totals[title] = totals.get(title, 0) + share(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)[1]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = ["  ".join(cell.rjust(w) if i == 4 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
-    return "\n".join([*lines, *(f"{title}: {total / 2**20:,.1f} MiB a device" for title, total in totals.items())])
+    lines += [f"{title}: {total / 2**20:,.1f} MiB a device" for title, total in totals.items()]
+    if whole:
+        lines.append(f"not split over fsdp, as no axis divides by {config.mesh.fsdp}: {whole / 2**20:,.1f} MiB of weights a device")
+    return "\n".join(lines)

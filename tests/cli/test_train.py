@@ -1,0 +1,149 @@
+"""train.py as a newcomer meets it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+import sys
+sys.path.insert(0, {tests!r})
+import small
+
+def config():
+    return small.quick("run", {weights!r}, steps=4)
+"""
+# The same command with records in memory: preparing a data set has its own tests.
+WITH_RECORDS = """
+import sys
+sys.path.insert(0, {tests!r})
+import small, train
+from instantid_jax.training import run
+source = small.source(24)
+run.open_source = lambda *_: source
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    sys.path.insert(0, str(ROOT / "tests" / "training"))
+    try:
+        import small
+    finally:
+        sys.path.remove(str(ROOT / "tests" / "training"))
+    return small.write_weights(tmp_path_factory.mktemp("cli") / "weights", small.quick("unused", "unused"))
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch, weights):
+    """A recipe in the working folder."""
+    (tmp_path / "mine.py").write_text(RECIPE.format(tests=str(ROOT / "tests" / "training"), weights=str(weights)))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("warnings.showwarning", None)  # train.py sets it; this puts it back
+    return "mine.py"
+
+
+def command(*arguments):
+    return [sys.executable, "-c", WITH_RECORDS.format(tests=str(ROOT / "tests" / "training")), *arguments]
+
+
+def environment(folder):
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(folder), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(recipe, tmp_path):
+    arguments = command("--config", recipe, "--steps", "100000", "--checkpoint.every", "100000", "--log.every", "1")
+    with subprocess.Popen(arguments, env=environment(tmp_path / "cache"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("train 3:"):
+                break
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)  # a second one harms nothing
+        said = process.stdout.read()
+    assert process.returncode == 75, said
+    assert "stopped by signal 15 at step " in said
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = int(checkpoint.name)
+    assert step >= 3
+    arguments = command("--config", recipe, "--steps", str(step + 2))
+    done = subprocess.run(arguments, env=environment(tmp_path / "cache"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"training from step {step} to {step + 2}" in done.stdout and f"steps: 100000 is now {step + 2}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["--config", "mime.py"], 1, "there is no recipe mime.py; there are configs/ablations/"),
+        (["--config", "configs/portrait.py"], 1, "did you mean 'configs/portraits.py'"),
+        ([], 1, "name a recipe: --config FILE; there are configs/ablations/"),
+        (["--config", "mine.py", "--optimizer.lerning-rate", "1"], 2, "--optimizer.learning-rate"),
+        (["--config", "mine.py", "--optimizer.name", "adamv"], 2, "adamw"),
+        (["--config", "mine.py", "--steps", "0"], 1, "train.py: TrainConfig: steps must be at least 1, got 0"),
+        (["--config", "mine.py", "--mesh.data", "2"], 1, "a mesh of 2 x 1 x 1 needs 2 devices; there are "),
+        (["--config", "mine.py", "--distributed", "--processes", "2"], 1, "name coordinator, number of processes and this process's number together"),
+    ],
+)
+def test_mistakes_have_a_sentence_and_a_status(recipe, arguments, status, says, capsys):
+    try:
+        found = train.main(arguments)
+    except SystemExit as stop:
+        found = stop.code
+    printed = capsys.readouterr()
+    text = " ".join((printed.err + printed.out).replace("│", " ").split())
+    assert found == status and says in text, text
+    assert "Traceback" not in text
+
+
+def test_help_explains_every_field(recipe, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", recipe, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "--optimizer.learning-rate" in text and "--dry-run" in text and "75 stopped by a signal with its state saved" in text
+
+
+def test_a_dry_run_trains_nothing(recipe, capsys, tmp_path):
+    assert train.main(["--config", recipe, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "FLOPs a step" in text and "memory a device" in text
+    assert not (tmp_path / "run").exists()
+
+
+def explained(capsys, *mesh):
+    """(rows by path, MiB a device by what it is, whether something large stays whole) of the paper's recipe."""
+    assert train.main(["--config", "configs/instantid.py", "--explain-sharding", *mesh]) == 0
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines()]
+    assert rows[0] == ["path", "shape", "partition", "bytes", "a", "device"]
+    by_path = {row[1]: row for row in rows if row[0] in ("trained", "frozen") and len(row) > 4 and row[2][0].isdigit()}
+    totals = {row[0].rstrip(":"): float(row[1].replace(",", "")) for row in rows if row[2:] == ["MiB", "a", "device"]}
+    return by_path, totals, "not split over fsdp" in text
+
+
+def test_where_every_weight_would_lie(capsys, recipe):
+    rows, totals, whole = explained(capsys, "--mesh.data", "3", "--mesh.fsdp", "16")
+    kernel = rows["identitynet/down_blocks/2/attentions/0/transformer_blocks/ff/net_0/proj/kernel"]
+    assert kernel == ["trained", kernel[1], "10x1280x10240", "(None,", "None,", "'fsdp')", f"{10 * 1280 * 10240 * 4 // 16:,}"]
+    assert rows["unet/conv_norm_out/scale"][3] == "replicated"
+    assert totals.keys() == {"trained", "frozen", "optimizer"} and not whole
+    assert totals["trained"] == pytest.approx(1_673_779_984 * 4 / 2**20 / 16, rel=0.01)  # InstantID's three networks in float32
+    assert totals["optimizer"] == pytest.approx(2 * totals["trained"], rel=1e-3)
+    listed = sum(int(row[-1].replace(",", "")) for row in rows.values() if row[0] == "trained")
+    assert totals["trained"] == pytest.approx(listed / 2**20, abs=0.1)
+
+
+def test_a_mesh_that_splits_nothing_is_told(capsys, recipe):
+    _, totals, whole = explained(capsys, "--mesh.fsdp", "48")
+    assert whole and totals["trained"] > 1_673_779_984 * 4 / 2**20 / 2
