@@ -140,7 +140,7 @@ def disturbed(trainings: Trainings, out: Path, limit: int, spans: tuple[float, f
             else:
                 while process.is_alive() and not training.wait(0.02):
                     pass
-                process.join(dice.uniform(0, spans[1] / 2))
+                process.join(dice.uniform(0, 0.75 * spans[1]))
             if process.is_alive():
                 process.kill()
                 process.join()

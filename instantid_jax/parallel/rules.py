@@ -46,7 +46,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh)
     return PartitionSpec(*axes)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A sharding for every array of a tree (arrays or `ShapeDtypeStruct`s); an optimizer's moments lie as their parameters do."""
 
     def one(path: Any, leaf: Any) -> NamedSharding:

@@ -57,9 +57,8 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with quiet_orbax():
-                self._orbax = ocp.training.Checkpointer(
-                    self.folder, preservation_policy=_policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
-                )
+                make: Any = ocp.training.Checkpointer
+                self._orbax: Any = make(self.folder, preservation_policy=_policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True)
         except OSError as problem:
             raise CheckpointError(f"{self.folder} cannot be used for checkpoints ({_first_line(problem)})") from problem
 

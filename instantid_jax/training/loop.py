@@ -174,7 +174,7 @@ class _Loop:
         what = "loss" if not np.isfinite(row.loss) else "gradient" if not np.isfinite(row.gradient_norm) else "loss spike"
         numbers = f"loss {float(row.loss):.4g}, gradient norm {float(row.gradient_norm):.4g}"
         where = f"step {step} ({config.stage.objective}): bad {what} ({numbers})"
-        samples = _worst(self.run.rows(stacked(taken.index)), row.sample_loss)
+        samples = _worst(self.run.rows(stacked(taken.index)), np.asarray(row.sample_loss))
         told = {"what": what, "loss": float(row.loss), "gradient_norm": float(row.gradient_norm), "samples": samples}
         self.log.record("bad_step", step, told, quiet=True)
         text = f"{where}, samples {', '.join(map(str, samples[:8]))}{' ...' if len(samples) > 8 else ''}"

@@ -22,7 +22,7 @@ _PEAKS = {
 }  # fmt: skip
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device: Any) -> float | None:
     """The device's data-sheet bfloat16 FLOP/s; None where it is not known, as for a CPU."""
     kinds = [kind for kind in _PEAKS if device.device_kind.startswith(kind)]
     return _PEAKS[max(kinds, key=len)] if kinds else None

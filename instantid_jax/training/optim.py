@@ -6,8 +6,7 @@ The schedule is a function of the number of applied updates. Weight decay leaves
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -69,16 +68,16 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 def _prodigy(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     """optax's Prodigy with a decay that spares what `_decayed` spares, which optax's own does not."""
-    plain = optax.contrib.prodigy(rate, betas=(config.b1, config.b2), eps=config.eps)
+    plain: Any = optax.contrib.prodigy(rate, betas=(config.b1, config.b2), eps=config.eps)
 
-    def update(gradients: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
+    def update(gradients: Any, state: Any, parameters: Any = None) -> Any:
         updates, after = plain.update(gradients, state, parameters)
         n = after.count.astype(jnp.float32)
         step = state.estim_lr * rate(state.count) * jnp.sqrt(1 - config.b2**n) / (1 - config.b1**n)
         decay = config.weight_decay * step
         return jax.tree.map(lambda u, p, on: u - decay * p if on else u, updates, parameters, _decayed(parameters)), after
 
-    return optax.GradientTransformation(plain.init, update)
+    return optax.GradientTransformation(plain.init, cast(Any, update))
 
 
 def _decayed(parameters: Any) -> Any:
@@ -87,7 +86,7 @@ def _decayed(parameters: Any) -> Any:
 
 
 def _scale_by_path(rules: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
-    def scale(updates: Mapping[str, Any], _: Any = None) -> Any:
+    def scale(updates: Any, _: Any = None) -> Any:
         def one(path: str, update: jax.Array) -> jax.Array:
             factor = first_match(rules, path)
             return update if factor is None else factor * update

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from instantid_jax.models import Network
 from instantid_jax.parallel.mesh import batch_sharding
@@ -43,7 +43,7 @@ class CompiledStep(NamedTuple):
 class Program:
     """What is the same in every run of a configuration on a mesh."""
 
-    def __init__(self, config: TrainConfig, mesh: Mesh):
+    def __init__(self, config: TrainConfig, mesh: Mesh | AbstractMesh):
         self.config, self.mesh = config, mesh
         self.networks: Mapping[str, Network] = training_networks(config)
         self.objective = Objective(self.networks, config.model, config.stage, config.loss)
@@ -111,5 +111,5 @@ class Program:
         return {name: jax.ShapeDtypeStruct((b, *shape), dtype, sharding=place) for name, (shape, dtype) in shapes.items()}
 
 
-def _placed(tree: Any, mesh: Mesh) -> Any:
+def _placed(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings(tree, mesh))

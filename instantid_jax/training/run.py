@@ -111,7 +111,7 @@ class Run:
 
     def rows(self, parts: np.ndarray) -> np.ndarray:
         """Every process's rows [processes, b/count] in the order of the global batch [b]."""
-        places = stacked(np.int32(self.share[0])).reshape(-1)
+        places = stacked(np.asarray(self.share[0], np.int32)).reshape(-1)
         _, first = np.unique(places, return_index=True)  # processes that differ only along `tensor` have the same rows
         return np.concatenate([parts[i] for i in first])
 

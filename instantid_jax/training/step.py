@@ -91,7 +91,9 @@ def make_step(objective: Objective, config: TrainConfig, optimizer: optax.Gradie
             keep(ema, state.ema),
         )
         buckets = jax.nn.one_hot((rows.time * config.log.bucket_count).astype(jnp.int32), config.log.bucket_count)
-        told = Metrics(value, jnp.mean(rows.plain), norm, rate(state.updates), good, rows.plain @ buckets, jnp.sum(buckets, 0), rows.loss)
+        told = Metrics(
+            value, jnp.mean(rows.plain), norm, jnp.asarray(rate(state.updates)), good, rows.plain @ buckets, jnp.sum(buckets, 0), rows.loss
+        )
         return fresh, told
 
     return step
