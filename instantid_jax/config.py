@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -113,7 +114,7 @@ class UNetConfig:
     @classmethod
     def from_published(cls, published: Mapping[str, Any]) -> UNetConfig:
         """Reads ``unet/config.json``. Raises `ConfigError` on any field or value that is not implemented."""
-        return cls(**read_unet(cls, published, UNET_FIXED))
+        return cls(**_checked(cls, read_unet(cls, published, UNET_FIXED)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,7 @@ class IdentityNetConfig(UNetConfig):
     @classmethod
     def from_published(cls, published: Mapping[str, Any]) -> IdentityNetConfig:
         """Reads a ControlNet's ``config.json``. Raises `ConfigError` on any field or value that is not implemented."""
-        return cls(**read_unet(cls, published, CONTROLNET_FIXED))
+        return cls(**_checked(cls, read_unet(cls, published, CONTROLNET_FIXED)))
 
     @classmethod
     def from_unet(cls, unet: UNetConfig, conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)) -> IdentityNetConfig:
@@ -207,7 +208,7 @@ class AutoencoderConfig:
         for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             for value in published.pop(key, ()):
                 require("AutoencoderKL", key, value, (block,))
-        return cls(**read_fields(cls, published, {"act_fn": ("silu",)}))
+        return cls(**_checked(cls, read_fields(cls, published, {"act_fn": ("silu",)})))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +237,7 @@ class CLIPTextConfig:
     @classmethod
     def from_published(cls, published: Mapping[str, Any], *, with_projection: bool) -> CLIPTextConfig:
         """Reads ``text_encoder*/config.json``; whether there is a projection is said by ``model_index.json``."""
-        taken: dict[str, Any] = read_fields(cls, published, {}) | {"with_projection": with_projection}
+        taken: dict[str, Any] = _checked(cls, read_fields(cls, published, {})) | {"with_projection": with_projection}
         if taken.get("eos_token_id", 2) == 2:  # SDXL's files carry a placeholder; the tokenizer's last entry is meant
             taken["eos_token_id"] = taken.get("vocab_size", cls.vocab_size) - 1
         return cls(**taken)
@@ -319,7 +320,7 @@ class SchedulerConfig:
                 "variance_type",
             ]
         )
-        return cls(**read_fields(cls, published, fixed, solver))
+        return cls(**_checked(cls, read_fields(cls, published, fixed, solver)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -425,6 +426,31 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     elif float in options and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     raise ConfigError(f"{where}: {value!r} is not a {hint}")
+
+
+_MAY_BE_ZERO = ("freq_shift", "steps_offset", "eos_token_id")
+_ANY_NUMBER = ("shift_factor", "latents_mean")
+_EACH_BLOCK = ("transformer_layers_per_block", "attention_head_dim")
+
+
+def _checked(cls: type[Any], taken: dict[str, Any]) -> dict[str, Any]:
+    """Fields out of a published file, each of its type and in its range. A size that is left open (null) is the default."""
+    hints, out = typing.get_type_hints(cls), {}
+    for key, value in taken.items():
+        where, hint = f"{cls.__name__}: {key}", hints[key]
+        if value is None and key == "sample_size":
+            continue
+        if key in _EACH_BLOCK and not isinstance(value, tuple | list):
+            hint = typing.get_args(hint)[0]  # one number for all blocks
+        out[key] = _convert(hint, list(value) if isinstance(value, tuple) else value, where)
+        if out[key] == ():
+            raise ConfigError(f"{where} is empty")
+        for number in out[key] if isinstance(out[key], tuple) else (out[key],):
+            if isinstance(number, bool | str) or number is None or (key in _ANY_NUMBER and math.isfinite(number)):
+                continue
+            if not math.isfinite(number) or number < 0 or (number == 0 and key not in _MAY_BE_ZERO):
+                raise ConfigError(f"{where}={number} is out of range; it must be {'0 or more' if key in _MAY_BE_ZERO else 'positive'}")
+    return out
 
 
 def _is_of(value: Any, option: Any) -> bool:

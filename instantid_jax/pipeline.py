@@ -324,7 +324,7 @@ def _load(directory: Path, network: Network, name: str, dtype: str, mesh: jax.sh
     """One network's weights on the devices: everywhere without a mesh, spread over it by the sharding rules with one."""
     tree = network.from_disk(load_weights(directory, dtype=dtype), name)
     if mesh is None:
-        return tree
+        return jax.device_put(tree)
     from instantid_jax.parallel.rules import shardings  # only multi-device use needs the rules
 
     return jax.device_put(tree, shardings(network.abstract, mesh))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +262,32 @@ def test_every_depth_of_the_tiny_preset_is_distinct() -> None:
     config = tiny()
     assert len(set(config.unet.transformer_layers_per_block)) == len(config.unet.block_out_channels) == len(set(config.unet.block_out_channels))
     assert config.text_encoder.num_hidden_layers != config.text_encoder_2.num_hidden_layers
+
+
+def published_files() -> dict[str, tuple[Callable[[dict], Any], dict]]:
+    """Published dicts with every field, and what reads each."""
+    unet = dataclasses.asdict(UNetConfig()) | {"act_fn": "silu", "mid_block_scale_factor": 1}
+    net = {k: v for k, v in dataclasses.asdict(IdentityNetConfig()).items() if k not in ("up_block_types", "out_channels")}
+    text, vae, schedule = (dataclasses.asdict(c()) for c in (CLIPTextConfig, AutoencoderConfig, SchedulerConfig))
+    text.pop("with_projection")
+    return {
+        "unet": (UNetConfig.from_published, unet),
+        "identitynet": (IdentityNetConfig.from_published, net),
+        "vae": (AutoencoderConfig.from_published, vae),
+        "text": (lambda d: CLIPTextConfig.from_published(d, with_projection=False), text),
+        "scheduler": (SchedulerConfig.from_published, schedule),
+    }
+
+
+@pytest.mark.parametrize("kind", ["unet", "identitynet", "vae", "text", "scheduler"])
+def test_a_published_value_is_read_or_refused_by_name_whatever_it_is(kind: str) -> None:
+    read, good = published_files()[kind]
+    read(good)
+    for field in good:
+        for value in (None, "x", -1, 0, 1.5, True, float("nan"), float("inf"), [], [0], ["x"], [None], {}, 10**30):
+            try:
+                config = read(good | {field: value})
+            except ConfigError as error:
+                assert ": " in str(error), (field, value)
+            else:
+                assert from_json(type(config), to_json(config)) == config, (field, value)

@@ -18,6 +18,8 @@ from instantid_jax.config import ComputeConfig
 
 _SHORT = 256  # keys: below this the scores are small and one fused einsum is best everywhere
 _QUERY_BLOCK = 1024
+_CUDNN_WIDEST = 128  # channels a head that every generation's kernels take
+_MANY_SCORES = 1 << 26  # a quarter of a gigabyte in float32
 
 
 class KeysValues(NamedTuple):
@@ -47,16 +49,18 @@ def dot_product_attention(
     """Equation (1), softmax in float32.
 
     `mask` says which keys count, broadcast over examples and queries: [b, 1, m] for padded contexts, [1, n, m] for a causal one.
-    `backend` is one of `ComputeConfig.attention`; masked and short attention always take the plain form.
+    `backend` is one of `ComputeConfig.attention`; masked and short attention always take the plain form, as does what
+    cuDNN has no kernel for (float32, the autoencoder's single wide head); of large pictures that goes by blocks of queries.
     """
-    if backend == "auto":
-        platform = jax.default_backend()
-        backend = {"cpu": "blocked", "gpu": "cudnn" if q.dtype != jnp.float32 else "xla"}.get(platform, "xla")
-    if mask is not None or k.shape[1] <= _SHORT or backend == "xla":
+    if mask is not None or k.shape[1] <= _SHORT:
         return _plain(q, k, v, mask)
+    if backend == "auto":
+        backend = {"cpu": "blocked", "gpu": "cudnn"}.get(jax.default_backend(), "xla")
     if backend == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    return _blocked(q, k, v)
+        if q.dtype != jnp.float32 and q.shape[-1] <= _CUDNN_WIDEST and q.shape[-1] % 8 == 0:
+            return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        backend = "xla" if q.shape[1] * k.shape[1] <= _MANY_SCORES else "blocked"
+    return _plain(q, k, v, mask) if backend == "xla" else _blocked(q, k, v)
 
 
 def _plain(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
