@@ -17,11 +17,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from instantid_jax.parallel.distributed import is_main, join, synchronize
-from instantid_jax.training.config import TrainConfig
-from instantid_jax.training.loop import BadSteps, Run, noted_signals, train
-from instantid_jax.training.plan import dry_run, explain_sharding
-from instantid_jax.training.recipes import load_recipe
+try:
+    from instantid_jax.parallel.distributed import is_main, join, synchronize
+    from instantid_jax.training.config import TrainConfig
+    from instantid_jax.training.loop import BadSteps, Run, noted_signals, train
+    from instantid_jax.training.plan import dry_run, explain_sharding
+    from instantid_jax.training.recipes import load_recipe
+except ModuleNotFoundError as missing:
+    raise SystemExit(f'train.py: {missing.name} is not installed; training needs: pip install -e ".[train]"') from missing
 
 
 @dataclasses.dataclass(frozen=True)

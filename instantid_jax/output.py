@@ -3,12 +3,13 @@
 A PNG holds two text chunks: `parameters`, in the form that other tools for Stable Diffusion read, and `instantid_jax`,
 the same settings and more as JSON. Of the files that went in (photos, control pictures, weights) they hold names or hashes, no
 folders and no face vector; the contact sheet shows the photos. Files appear whole or not at all, and equal settings give equal
-bytes.
+bytes. No picture is written over one with other settings: its name gets a number.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,17 @@ from PIL.PngImagePlugin import PngInfo
 
 from instantid_jax.face import load_photo
 
-__all__ = ["check_folder", "contact_sheet", "parameters_text", "read_settings", "save_png", "save_run"]
+__all__ = [
+    "check_folder",
+    "contact_sheet",
+    "free_path",
+    "parameters_text",
+    "read_settings",
+    "save_png",
+    "save_run",
+    "weights_digest",
+    "without_folders",
+]
 
 
 def parameters_text(settings: Mapping[str, Any]) -> str:
@@ -35,12 +46,21 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
         "model": "Model",
         "identitynet_scale": "IdentityNet strength",
         "ip_adapter_scale": "Adapter strength",
+        "guidance_rescale": "CFG rescale",
+        "clip_skip": "Clip skip",
+        "prompt_weighting": "Prompt weighting",
+        "sampler_option": "Sampler options",
+        "control_start": "Control starts at",
+        "control_end": "Control ends at",
+        "controlnet": "ControlNets",
+        "control_scale": "ControlNet strengths",
         "version": "Version",
     }
     lines = [str(settings.get("prompt", ""))]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    lines.append(", ".join(f"{title}: {settings[key]}" for key, title in names.items() if key in settings))
+    told = {title: settings[key] for key, title in names.items() if settings.get(key) not in (None, [], (), False)}
+    lines.append(", ".join(f"{title}: {value}" for title, value in told.items()))
     return "\n".join(lines)
 
 
@@ -68,6 +88,29 @@ def read_settings(path: Path) -> dict[str, Any]:
     return json.loads(text)
 
 
+def free_path(path: Path, settings: Mapping[str, Any]) -> Path:
+    """`path`, or where it holds something else than a picture of these settings, the first of name-2, name-3 ... that does not."""
+    wanted = json.loads(json.dumps(settings))
+    for number in itertools.count(1):
+        candidate = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        if not candidate.exists():
+            return candidate
+        try:
+            if read_settings(candidate) == wanted:
+                return candidate
+        except (ValueError, OSError):
+            continue  # somebody else's file
+    raise AssertionError("unreachable")
+
+
+def weights_digest(folder: Path) -> dict[str, str]:
+    """{"weights_sha256": ...} of the manifest that `convert_weights` wrote, or of a small model's one file; nothing for other folders."""
+    for name in ("manifest.json", "weights.safetensors"):
+        if (folder / name).is_file():
+            return {"weights_sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()}
+    return {}
+
+
 def check_folder(out: Path) -> None:
     """Raises ValueError where no folder `out` can be made or written to; makes nothing."""
     place = out.absolute()
@@ -93,24 +136,25 @@ def save_run(
     `settings` the last part is stored. Picture i is named by its own seed, ``settings["seed"] + i``. Returns the paths, the
     sheet last.
     """
-    settings = {k: _without_folders(v) for k, v in settings.items()}
+    settings = {k: without_folders(v) for k, v in settings.items()}
     settings["size"] = f"{images[0].width}x{images[0].height}"
     settings |= {f"{kind}_sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths] for kind, paths in inputs.items() if paths}
-    seeds = [settings["seed"] + i for i in range(len(images))]
-    paths = [out / f"{seed:06d}.png" for seed in seeds]
+    seeds = [(settings["seed"] + i) % 2**32 for i in range(len(images))]  # they wrap as the pipeline's do
+    paths = [free_path(out / f"{seed:06d}.png", settings | {"seed": seed}) for seed in seeds]
     for path, image, seed in zip(paths, images, seeds, strict=True):
         save_png(image, path, settings | {"seed": seed})
     given = [(kind, path) for kind, files in inputs.items() for path in files if path.suffix not in (".npz", ".npy")]
     shown = [(f"{kind}: {path.name}", load_photo(path)) for kind, path in given]
     shown += [("keypoints", keypoints), *((f"seed {seed}, {settings['model']}", image) for seed, image in zip(seeds, images, strict=True))]
-    save_png(contact_sheet(shown), out / "sheet.png", settings)
-    return [*paths, out / "sheet.png"]
+    sheet = free_path(out / "sheet.png", settings)
+    save_png(contact_sheet(shown), sheet, settings)
+    return [*paths, sheet]
 
 
-def _without_folders(value: Any) -> Any:
+def without_folders(value: Any) -> Any:
     """Paths by their last part, also inside tuples."""
     if isinstance(value, tuple | list):
-        return [_without_folders(v) for v in value]
+        return [without_folders(v) for v in value]
     return value.resolve().name if isinstance(value, Path) else value
 
 

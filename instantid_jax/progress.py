@@ -14,6 +14,7 @@ __all__ = ["CompileSeconds", "StepBar"]
 
 _COMPILING = "/jax/core/compile/"
 _WIDEST = 100
+_ROWS = 24  # of a terminal that does not tell; the bar takes one
 
 
 class StepBar:
@@ -26,7 +27,8 @@ class StepBar:
     def __init__(self, steps: int, file: TextIO | None = None):
         stream: TextIO = sys.stderr if file is None else file
         width = min(shutil.get_terminal_size().columns, _WIDEST)
-        self._bar = tqdm(total=steps, unit="step", desc="compiling", ncols=width, mininterval=0, file=stream, disable=not stream.isatty())
+        shape = {"ncols": width, "nrows": _ROWS, "mininterval": 0}
+        self._bar = tqdm(total=steps, unit="step", desc="compiling", file=stream, disable=not stream.isatty(), **shape)
 
     def on_step(self, index: int) -> None:
         """Called with the number of each finished model call."""

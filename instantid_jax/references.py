@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from instantid_jax.data.drawing import draw_keypoints
 from instantid_jax.face import (
     EmbeddingError,
     FaceAnalyzer,
     Identity,
     KeypointError,
     PhotoError,
-    draw_kps,
     identity_from_photos,
     load_photo,
     load_precomputed,
@@ -55,19 +55,37 @@ def read_identity(
     return identity_from_photos(backend, photos, face_index=face_index, names=[str(path) for path in paths])
 
 
-def keypoint_picture(pose: Identity, width: int | None, height: int | None, long_side: int) -> Image.Image:
-    """The five keypoints of a pose, drawn on a canvas of the output's size.
+def keypoint_picture(
+    pose: Identity,
+    width: int | None,
+    height: int | None,
+    long_side: int,
+    scale: float = 1.0,
+    frame: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Image.Image:
+    """The five keypoints of a pose, drawn on a canvas of the output's size; `scale` is `ModelConfig.keypoint_scale`.
 
-    Without width and height the canvas has the photo's proportions, `long_side` pixels long, in multiples of 64. The
-    keypoints are moved with the photo before they are drawn, so lines and dots always have their published thickness.
+    Without width and height the canvas has the photo's proportions, `long_side` pixels long, in multiples of 64; with one of them the
+    other follows. The
+    keypoints are moved with the photo before they are drawn, so lines and dots always have their published thickness. With
+    `frame`, which takes them to parts of a square picture, the photo's own framing does not count and the canvas is square.
     """
     if pose.face is None or pose.size is None:
         raise KeypointError("no_keypoints", "the pose has no keypoints: give --pose with a photo or an .npz that holds kps and size")
     w, h = pose.size
-    factor = long_side / max(w, h)
-    size = (width or max(64, round(w * factor) // 64 * 64), height or max(64, round(h * factor) // 64 * 64))
+    if frame is not None:
+        square = (width or long_side, height or long_side)
+        return Image.fromarray(draw_keypoints(square, frame(pose.face.kps) * np.asarray(square, np.float32), scale))
+    if width and height:
+        size = (width, height)
+    elif width or height:  # the other side follows from the photo's proportions
+        factor = width / w if width else (height or 0) / h
+        size = (width or max(64, round(w * factor / 8) * 8), height or max(64, round(h * factor / 8) * 8))
+    else:
+        factor = long_side / max(w, h)
+        size = (max(64, round(w * factor) // 64 * 64), max(64, round(h * factor) // 64 * 64))
     keypoints = np.asarray(pose.face.kps, np.float32) * np.asarray([size[0] / w, size[1] / h], np.float32)
-    return draw_kps(size, keypoints)
+    return Image.fromarray(draw_keypoints(size, keypoints, scale))
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:

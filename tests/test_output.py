@@ -90,3 +90,23 @@ def test_contact_sheet_holds_every_picture() -> None:
     sheet = contact_sheet([(str(i), Image.new("RGB", (10, 5), "red")) for i in range(5)], side=50)
     assert sheet.size == (3 * 62 + 12, 2 * 84 + 12)
     assert sheet.getpixel((12 + 25, 12 + 25)) == (255, 0, 0)
+
+
+def test_pictures_with_other_settings_are_not_written_over(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (8, 8))
+
+    def names(settings: dict) -> list[str]:
+        return [path.name for path in save_run(tmp_path, [picture], picture, {}, settings)]
+
+    assert names(SETTINGS) == ["000004.png", "sheet.png"]
+    assert names(SETTINGS) == ["000004.png", "sheet.png"]
+    assert names(SETTINGS | {"prompt": "another"}) == ["000004-2.png", "sheet-2.png"]
+    (tmp_path / "000004-3.png").write_text("no picture")
+    assert names(SETTINGS | {"prompt": "a third"}) == ["000004-4.png", "sheet-3.png"]
+
+
+def test_seeds_wrap_as_the_pipelines_do(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (8, 8))
+    paths = save_run(tmp_path, [picture, picture], picture, {}, SETTINGS | {"seed": 2**32 - 1})
+    assert [path.name for path in paths] == ["4294967295.png", "000000.png", "sheet.png"]
+    assert read_settings(paths[1])["seed"] == 0
