@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "training")]
 
 STEPS, EVERY = 24, 3
+PART = {"recognize": "quick", "denoise": "whole"}
 
 
 @dataclasses.dataclass
@@ -57,8 +58,9 @@ def worker(out: str, weights: str, objective: str, cache: str, training: Event) 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "console.txt").open("a") as console, contextlib.redirect_stdout(console), contextlib.redirect_stderr(console):
-        make = {"recognize": small.quick, "denoise": small.recipe}[objective]
-        config = make(folder / "run", weights, steps=STEPS, checkpoint__every=EVERY, loader__num_threads=2, loader__paired_reference=0.5)
+        config = small.PARTS[PART[objective]](
+            folder / "run", weights, steps=STEPS, checkpoint__every=EVERY, loader__num_threads=2, loader__paired_reference=0.5
+        )
         run = Run(config, source=small.source(24))
         _note_batches(run, folder / "order.jsonl", training)
         status = train(run)
@@ -171,8 +173,7 @@ def measure(kills: int, seed: int, objective: str, folder: Path) -> Outcome:
     """Runs it all."""
     import small
 
-    make = {"recognize": small.quick, "denoise": small.recipe}[objective]
-    small.write_weights(folder / "weights", make("unused", "unused"))
+    small.write_weights(folder / "weights", small.PARTS[PART[objective]]("unused", "unused"))
     trainings, dice, outcome = Trainings(folder, objective), random.Random(seed), Outcome()
     undisturbed(trainings, "first")  # fills the compilation cache
     reference, *spans = undisturbed(trainings, "undisturbed")

@@ -65,7 +65,7 @@ def initial_parameters(networks: Mapping[str, Network], init: InitConfig, key: j
         if name not in wanted and not (name == "unet" and derived):
             continue
         if name in init.random:
-            tree[name] = jax.jit(network.init)(jax.random.fold_in(key, number))
+            tree[name] = _random(network, jax.random.fold_in(key, number))
             if name == "vae" and init.latent_logvar is not None:
                 tree[name] = _quiet_latents(tree[name], init.latent_logvar)
         elif name not in init.from_base:
@@ -75,7 +75,7 @@ def initial_parameters(networks: Mapping[str, Network], init: InitConfig, key: j
             if name == "adapter":
                 tree[name] = _adapter(network.abstract, tree["unet"])
                 continue
-            new = jax.jit(functools.partial(_new_parts, network))(jax.random.fold_in(key, 1000 + number))
+            new = _new_parts(network, jax.random.fold_in(key, 1000 + number))
             tree[name] = _identitynet(network.abstract, new, tree["unet"])
             if init.condition_gain is not None:
                 tree[name] = _live_condition(tree[name], init.condition_gain, jax.random.fold_in(key, 2000))
@@ -91,6 +91,12 @@ def _folder(init: InitConfig, name: str) -> Path:
     return folder
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _random(network: Network, key: jax.Array) -> Tree:
+    return network.init(key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _new_parts(network: Network, key: jax.Array) -> dict[str, jax.Array]:
     """What IdentityNet has and the UNet has not, flat: the keypoint convolutions and the zero convolutions."""
     return {path: leaf for path, leaf in flatten(network.init(key)).items() if path.startswith("controlnet_")}

@@ -86,23 +86,24 @@ def test_eight_devices_are_one(name, one, weights, tmp_path):
     told.alike(one)
 
 
-def denoise(tmp_path, names):
-    weights = small.write_weights(tmp_path / "weights", small.recipe("unused", "unused"))
-    finish(start(tmp_path / "one", weights, (1, 1, 1), 8, steps=2, objective="denoise"))
+def denoise(tmp_path, names, part="whole"):
+    weights = small.write_weights(tmp_path / "weights", small.PARTS[part]("unused", "unused"))
+    finish(start(tmp_path / "one", weights, (1, 1, 1), 8, steps=2, part=part))
     for name in names:
-        finish(start(tmp_path / name, weights, MESHES[name], 8, steps=2, objective="denoise"))
+        finish(start(tmp_path / name, weights, MESHES[name], 8, steps=2, part=part))
         told = Told(tmp_path / name)
         assert (told.processes[0]["split"] > 0.1) == (name != "data")
         told.alike(Told(tmp_path / "one"))
 
 
-def test_instantid_on_a_mixed_mesh_is_instantid_on_one_device(tmp_path):
-    denoise(tmp_path, ["mixed"])
+def test_an_adapter_on_a_mixed_mesh_is_one_on_one_device(tmp_path):
+    denoise(tmp_path, ["mixed"], "adapter")
 
 
 @pytest.mark.slow
-def test_instantid_on_every_mesh_is_instantid_on_one_device(tmp_path):
-    denoise(tmp_path, ["data", "fsdp", "tensor"])
+@pytest.mark.parametrize("name", MESHES)
+def test_instantid_on_every_mesh_is_instantid_on_one_device(name, tmp_path):
+    denoise(tmp_path, [name])
 
 
 @pytest.mark.parametrize(("first", "second"), [("fsdp", "mixed"), pytest.param("mixed", "data", marks=pytest.mark.slow)])
@@ -142,6 +143,7 @@ def test_two_processes_are_one_and_one_goes_on_with_what_two_saved(one, weights,
     again.alike(one)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_with_what_one_saved(one, weights, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(one.out, out)

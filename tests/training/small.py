@@ -151,6 +151,23 @@ def quick(out: Path | str, weights: Path | str, **fields: Any) -> TrainConfig:
     return recipe(out, **{"stage": stage, "init": init, "loader__keypoint_style": "none", **fields})
 
 
+def adapter(out: Path | str, weights: Path | str, **fields: Any) -> TrainConfig:
+    """The image adapter alone, on a UNet of one level."""
+    whole = model()
+    unet = dataclasses.replace(
+        whole.unet,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(32,),
+        transformer_layers_per_block=(2,),
+        attention_head_dim=(2,),
+    )
+    one_level = dataclasses.replace(whole, unet=unet, identitynet=IdentityNetConfig.from_unet(unet, (8, 8)))
+    stage = StageConfig(identitynet=False, trainable=(r"^adapter/", r"^resampler/"))
+    init = InitConfig(weights=str(weights), from_base=("adapter",))
+    return recipe(out, **{"model": one_level, "stage": stage, "init": init, **fields})
+
+
 def changed(config: TrainConfig, **fields: Any) -> TrainConfig:
     """The configuration with other fields; those of parts are named "loss__face_weight"."""
     parts: dict[str, dict[str, Any]] = {}
@@ -160,3 +177,6 @@ def changed(config: TrainConfig, **fields: Any) -> TrainConfig:
             parts.setdefault(part, {})[field] = value
     own: dict[str, Any] = {name: value for name, value in fields.items() if "__" not in name}
     return dataclasses.replace(config, **own, **{part: dataclasses.replace(getattr(config, part), **values) for part, values in parts.items()})
+
+
+PARTS = {"whole": recipe, "quick": quick, "adapter": adapter}
