@@ -52,3 +52,13 @@ def test_no_error_is_swallowed_and_no_machine_is_named(file):
     text = file.read_text(encoding="utf-8")
     assert silent(text) == []
     assert re.findall(r"[\"'](?:/home|/Users|/root|/mnt|/data|[A-Z]:\\\\)[/\\\\]", text) == []
+
+
+def test_the_table_has_fifteen_rows_and_names_tests_that_exist():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = [line for line in text.split("## What other trainers get wrong")[1].splitlines() if line.startswith("| ") and "`test" in line]
+    assert len(rows) == 15
+    defined = {name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
+    for row in rows:
+        names = re.findall(r"(test_\w+)`", row)
+        assert names and set(names) <= defined, row
