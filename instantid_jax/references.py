@@ -38,8 +38,9 @@ def read_identity(
 ) -> Identity:
     """Photos of one person (raw embeddings averaged), or one .npz / .npy with a precomputed embedding.
 
-    Photos pass through the published `resize_img` first. `analyzer` gives the face backend and is called for photos alone: a
-    precomputed face needs none. `embedding_dim` is what the weights expect; None for a pose, of which the keypoints count.
+    Photos pass through the published `resize_img` first; messages are in pixels of the files. `analyzer` gives the face backend and
+    is called for photos alone: a precomputed face needs none. `embedding_dim` is what the weights expect; None for a pose, of which
+    the keypoints count.
     Raises the face package's errors.
     """
     precomputed = [path for path in paths if path.suffix in PRECOMPUTED]
@@ -47,12 +48,21 @@ def read_identity(
         raise EmbeddingError("embedding_file", f"{precomputed[0]}: a precomputed embedding cannot be mixed with other files; name it alone")
     if precomputed:
         return load_precomputed(paths[0], embedding_dim)
-    photos = [np.asarray(resize_img(load_photo(path))) for path in paths]
+    originals = [load_photo(path) for path in paths]
+    photos = [_resized(photo, path) for photo, path in zip(originals, paths, strict=True)]
     backend = analyzer()
     if embedding_dim not in (None, backend.embedding_dim):
         found = f"the face analyzer {backend.name!r} gives vectors of {backend.embedding_dim}"
         raise EmbeddingError("embedding_dim", f"{found}, these weights take {embedding_dim}; choose their own with --analyzer, or leave it out")
-    return identity_from_photos(backend, photos, face_index=face_index, names=[str(path) for path in paths])
+    names, sizes = [str(path) for path in paths], [photo.size for photo in originals]
+    return identity_from_photos(backend, photos, face_index=face_index, names=names, original_sizes=sizes)
+
+
+def _resized(photo: Image.Image, path: Path) -> np.ndarray:
+    try:
+        return np.asarray(resize_img(photo))
+    except PhotoError as error:
+        raise PhotoError(error.code, f"{path}: {error}") from error
 
 
 def keypoint_picture(

@@ -20,7 +20,7 @@ from PIL import Image
 
 from instantid_jax.face.align import check_keypoints
 from instantid_jax.face.analyzer import Face, FaceAnalyzer
-from instantid_jax.face.errors import EmbeddingError, FaceError
+from instantid_jax.face.errors import EmbeddingError, FaceError, KeypointError
 from instantid_jax.face.keypoints import keypoints_outside
 from instantid_jax.face.photo import rgb_array
 
@@ -136,20 +136,31 @@ def _find(analyzer: FaceAnalyzer, image: np.ndarray) -> tuple[list[Face], int, i
     return [], DET_SIZES[-1], 0
 
 
-def _choose(faces: Sequence[Face], face_index: int | None, on_several: OnSeveral, name: str) -> Face:
+def _choose(faces: Sequence[Face], face_index: int | None, on_several: OnSeveral, name: str, scale: np.ndarray) -> Face:
+    """The face that is wanted; `scale` takes (x, y) to the pixels of messages."""
     if face_index is not None:
         if not 0 <= face_index < len(faces):
             raise FaceError("bad_index", f"{name}: there is no face {face_index}; {len(faces)} found, counted 0 to {len(faces) - 1} from the left")
         return faces[face_index]
     largest = largest_face(faces)
     if len(faces) > 1 and on_several == "error":
-        x0, y0, x1, y1 = faces[largest].bbox.round().astype(int)
+        x0, y0, x1, y1 = (faces[largest].bbox.reshape(2, 2) * scale).ravel().round().astype(int)
         raise FaceError(
             "several_faces",
             f"{name}: {len(faces)} faces found; the largest spans x {x0} to {x1}, y {y0} to {y1}: choose it with --face-index {largest}, "
             f"or another one with 0 to {len(faces) - 1}, counted from the left",
         )
     return faces[largest]
+
+
+def _check_inside(kps: np.ndarray, size: tuple[int, int], name: str) -> None:
+    """Raises `KeypointError` where no keypoint lies inside the picture of ``size = (width, height)``."""
+    if keypoints_outside(kps, size) == len(kps):
+        places = kps.round(1).tolist()
+        raise KeypointError(
+            "keypoints_outside",
+            f"{name}: all keypoints {places} lie outside the photo of {size[0]} x {size[1]} pixels; they belong to another picture",
+        )
 
 
 def examine_photo(
@@ -160,22 +171,30 @@ def examine_photo(
     on_none: OnNone = "error",
     on_several: OnSeveral = "error",
     name: str = "photo",
+    original_size: tuple[int, int] | None = None,
 ) -> tuple[Face | None, PhotoReport]:
-    """`analyze_photo` together with the report of how the face was found."""
+    """`analyze_photo` together with the report of how the face was found.
+
+    `original_size` is the (width, height) that the photo had before it was resized: messages then speak in its pixels, while
+    the face and the report stay in those of `image`.
+    """
     for argument, value, known in (("on_none", on_none, ("error", "skip")), ("on_several", on_several, ("error", "largest"))):
         if value not in known:
             raise FaceError("bad_policy", f"{argument}={value!r} is not known; use {known[0]!r} or {known[1]!r}")
     pixels = rgb_array(image, name)
     size = (pixels.shape[1], pixels.shape[0])
+    shown = size if original_size is None else original_size
+    scale = np.asarray(shown, np.float64) / size
     faces, det_size, border = _find(analyzer, pixels)
     if not faces:
         if on_none == "skip":
             return None, PhotoReport(name, size, 0, 0.0, 0.0, det_size, border, 0)
         raise FaceError(
-            "no_face", f"{name}: no face found in {size[0]} x {size[1]} pixels, even at smaller sizes and with borders; use a clear frontal photo"
+            "no_face", f"{name}: no face found in {shown[0]} x {shown[1]} pixels, even at smaller sizes and with borders; use a clear frontal photo"
         )
-    face = _choose(faces, face_index, on_several, name)
+    face = _choose(faces, face_index, on_several, name, scale)
     kps = check_keypoints(face.kps, name).astype(np.float32)
+    _check_inside(kps * scale, shown, name)
     face = replace(face, kps=kps, embedding=check_embedding(face.embedding, analyzer.embedding_dim, name))
     norm = float(np.linalg.norm(face.embedding))
     return face, PhotoReport(name, size, len(faces), face.det_score, norm, det_size, border, keypoints_outside(kps, size))
@@ -222,21 +241,23 @@ def identity_from_photos(
     on_none: OnNone = "error",
     on_several: OnSeveral = "error",
     names: Sequence[str] | None = None,
+    original_sizes: Sequence[tuple[int, int]] | None = None,
 ) -> Identity:
     """One person from one or more photos: the mean of the raw embeddings, and the first photo's face.
 
     `face_index` is one number for all photos or one for each. With ``on_none="skip"`` photos without a face are left out, which
-    their report says. `names` are used in messages. Raises as `analyze_photo`, and `FaceError` where no photo is left.
+    their report says. `names` and `original_sizes` are used in messages, as in `examine_photo`. Raises as `analyze_photo`, and
+    `FaceError` where no photo is left.
     """
     names = [f"photo {i + 1}" for i in range(len(images))] if names is None else list(names)
+    sizes: list[tuple[int, int] | None] = [None] * len(images) if original_sizes is None else list(original_sizes)
     chosen = [face_index] * len(images) if face_index is None or isinstance(face_index, int) else list(face_index)
-    if not images or len(names) != len(images) or len(chosen) != len(images):
-        raise FaceError(
-            "no_photos", f"got {len(images)} photos, {len(names)} names and {len(chosen)} face indices; give at least one, and equally many"
-        )
+    if not images or {len(names), len(chosen), len(sizes)} != {len(images)}:
+        counts = f"{len(images)} photos, {len(names)} names, {len(sizes)} sizes and {len(chosen)} face indices"
+        raise FaceError("no_photos", f"got {counts}; give at least one, and equally many")
     results = [
-        examine_photo(analyzer, image, face_index=index, on_none=on_none, on_several=on_several, name=name)
-        for image, index, name in zip(images, chosen, names, strict=True)
+        examine_photo(analyzer, image, face_index=index, on_none=on_none, on_several=on_several, name=name, original_size=size)
+        for image, index, name, size in zip(images, chosen, names, sizes, strict=True)
     ]
     found = [(face, report) for face, report in results if face is not None]
     if not found:
@@ -267,8 +288,11 @@ def load_precomputed(path: str | os.PathLike[str], embedding_dim: int | None = N
     if "kps" not in arrays:
         return Identity(embedding, None, None, "precomputed")
     kps = check_keypoints(arrays["kps"], str(path)).astype(np.float32)
+    size = _read_size(arrays.get("size"), path)
+    if size is not None:
+        _check_inside(kps, size, str(path))
     face = Face(np.concatenate([kps.min(axis=0), kps.max(axis=0)]), kps, 1.0, embedding)
-    return Identity(embedding, face, _read_size(arrays.get("size"), path), "precomputed")
+    return Identity(embedding, face, size, "precomputed")
 
 
 def _read_size(size: np.ndarray | None, path: Path) -> tuple[int, int] | None:

@@ -216,7 +216,7 @@ def test_face_index_for_all_photos_or_for_each():
     two = always(a_face(0, 0, 10, 10, embedding=[1, 0, 0, 0]), a_face(50, 0, 60, 10, embedding=[0, 1, 0, 0]))
     np.testing.assert_array_equal(identity_from_photos(two, [PHOTO, PHOTO], face_index=1).embedding, [0, 1, 0, 0])
     np.testing.assert_array_equal(identity_from_photos(two, [PHOTO, PHOTO], face_index=[1, 0]).embedding, [0.5, 0.5, 0, 0])
-    with pytest.raises(FaceError, match="2 photos, 2 names and 1 face indices"):
+    with pytest.raises(FaceError, match="2 photos, 2 names, 2 sizes and 1 face indices"):
         identity_from_photos(two, [PHOTO, PHOTO], face_index=[1])
     with pytest.raises(FaceError, match="at least one"):
         identity_from_photos(two, [])

@@ -1,0 +1,75 @@
+"""What is said of a photo is said in the pixels of its file, whatever it was resized to."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from instantid_jax.face import Face, FaceAnalyzer, FaceError
+from instantid_jax.references import read_identity
+
+KPS = np.array([[300, 400], [600, 410], [450, 550], [330, 700], [580, 710]], np.float32)
+
+
+class Scripted(FaceAnalyzer):
+    """Finds always the same faces, in pixels of the picture that it is given."""
+
+    name, embedding_dim = "scripted", 4
+
+    def __init__(self, *faces: Face):
+        self.faces, self.seen = list(faces), set[tuple[int, ...]]()
+
+    def analyze(self, image: np.ndarray, det_size: int = 640) -> list[Face]:
+        self.seen.add(image.shape[:2])
+        return self.faces
+
+
+def face(box: tuple[float, ...], kps: np.ndarray = KPS) -> Face:
+    return Face(np.array(box, np.float32), kps, 0.9, np.ones(4, np.float32))
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """200 x 100 pixels, which become 1280 x 640."""
+    path = tmp_path / "small.png"
+    Image.new("RGB", (200, 100), "gray").save(path)
+    return path
+
+
+def message(photo: Path, *faces: Face) -> str:
+    analyzer = Scripted(*faces)
+    with pytest.raises(FaceError) as caught:
+        read_identity((photo,), lambda: analyzer)
+    assert analyzer.seen == set() or (640, 1280) in analyzer.seen
+    return str(caught.value)
+
+
+def test_no_face_and_several_faces_are_told_in_the_files_pixels(photo: Path) -> None:
+    assert message(photo).startswith(f"{photo}: no face found in 200 x 100 pixels")
+    several = message(photo, face((640, 320, 1280, 640)), face((0, 0, 64, 64)))
+    assert several.startswith(f"{photo}: 2 faces found; the largest spans x 100 to 200, y 50 to 100: choose it with --face-index 1")
+
+
+def test_the_face_itself_stays_in_the_resized_pixels(photo: Path) -> None:
+    identity = read_identity((photo,), lambda: Scripted(face((0, 0, 640, 640))))
+    assert identity.size == (1280, 640)
+    assert identity.kps is not None
+    np.testing.assert_array_equal(identity.kps, KPS)
+
+
+def test_keypoints_of_another_picture_are_told_in_the_files_pixels(photo: Path, tmp_path: Path) -> None:
+    text = message(photo, face((0, 0, 9, 9), np.full((5, 2), -64, np.float32)))
+    assert text.startswith(f"{photo}: all keypoints [[-10.0, -10.0], ")
+    assert "outside the photo of 200 x 100 pixels" in text
+    stored = tmp_path / "me.npz"
+    np.savez(stored, embedding=np.ones(4, np.float32), kps=KPS, size=np.array([200, 100]))
+    text = message(stored)
+    assert text.startswith(f"{stored}: all keypoints [[300.0, 400.0], ")
+    assert "outside the photo of 200 x 100 pixels" in text
+
+
+def test_a_photo_too_narrow_to_resize_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "strip.png"
+    Image.new("RGB", (640, 20)).save(path)
+    assert message(path).startswith(f"{path}: resize_img: 640 x 20 would become")
