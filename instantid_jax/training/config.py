@@ -300,5 +300,8 @@ class TrainConfig:
         known = ("validation/loss", "validation/wrong_person_gap", "validation/wrong_pose_gap")
         if check.metric not in known:
             raise ConfigError(f"TrainConfig: checkpoint.metric {check.metric!r} is none of {', '.join(known)}{did_you_mean(check.metric, known)}")
+        smallest = min(min(size) for size in self.loader.sizes)
+        if self.stage.objective == "denoise" and self.validation.samples_every is not None and smallest < 64:
+            raise ConfigError(f"TrainConfig: validation.samples_every needs pictures of 64 pixels or more; the loader gives {smallest}")
         if self.stage.objective == "recognize" and self.validation.samples_every is not None:
             raise ConfigError("TrainConfig: the recognize objective makes no pictures; set validation.samples_every to None")

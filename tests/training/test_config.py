@@ -44,6 +44,7 @@ def test_the_defaults_are_the_paper_s():
         ({"checkpoint__keep_best": 1}, "ranks checkpoints by validation/loss"),
         ({"model": small.model("v_prediction"), "loss__weighting": "clipped_v"}, "clipped_v is for networks that predict noise"),
         ({"stage__objective": "recognize", "validation__samples_every": 2}, "makes no pictures"),
+        ({"validation__samples_every": 2}, "samples_every needs pictures of 64 pixels or more; the loader gives 16"),
     ],
 )
 def test_what_does_not_fit_is_named(fields, says):

@@ -157,12 +157,16 @@ def test_accumulated_parts_are_the_large_batch(config, source, all_weights, tmp_
 
 
 @pytest.mark.slow
-def test_a_grid_of_samples(make):
-    run = make("grid", steps=1, validation__samples_every=1, validation__samples=3)
+def test_a_grid_of_samples(all_weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(small, "SIDE", 64)
+    people = small.source(8)
+    config = small.recipe(tmp_path / "run", all_weights, steps=1, validation__samples_every=1, validation__samples=3)
+    run = Run(config, source=people, validation=people)
     picture = sample_grid(run)
-    assert picture.size == (3 * small.SIDE, 3 * small.SIDE)  # people, keypoints, pictures
-    assert np.asarray(picture)[2 * small.SIDE :].std() > 1
+    assert picture.size == (3 * 64, 3 * 64)  # people, keypoints, pictures
+    assert all(np.asarray(picture)[row * 64 : (row + 1) * 64].std() > 1 for row in range(3))
     assert np.array_equal(np.asarray(sample_grid(run)), np.asarray(picture))
+    run.loader.close()
 
 
 def test_the_plan_needs_no_data_and_no_weights(tmp_path, monkeypatch):

@@ -120,6 +120,7 @@ def shrunk(config):
     recognizer = small.recipe("x", "x").recognizer
     optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-3, warmup=0, accumulate=1)
     loader = dataclasses.replace(config.loader, **changes)
+    config = small.changed(config, validation__samples_every=None)
     return dataclasses.replace(config, model=model, loader=loader, steps=4, recognizer=recognizer, optimizer=optimizer, compute=COMPUTE)
 
 
