@@ -6,22 +6,25 @@ that takes each to its parameter.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from convert_weights import recognise
 from convert_weights.rules import Account, Assignment, MappingError, Shape, Table, account, plan
-from convert_weights.safetensors_file import open_safetensors
+from convert_weights.safetensors_file import MAX_HEADER, open_safetensors
 from convert_weights.source import SourceError, TensorFile
 from convert_weights.tables import diffusers, instantid, single_file
-from convert_weights.torch_pickle import open_torch
+from convert_weights.torch_pickle import HEAD, open_torch, what_it_is
 from instantid_jax.config import (
     AutoencoderConfig,
     CLIPTextConfig,
     ComputeConfig,
+    ConfigError,
     IdentityNetConfig,
     ModelConfig,
     ResamplerConfig,
@@ -39,6 +42,7 @@ _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _CONTROLNETS = ("ControlNetModel", "controlnet", "checkpoints/ControlNetModel")
 _ADAPTERS = ("ip-adapter.safetensors", "ip-adapter.bin", "checkpoints/ip-adapter.bin", "pytorch_model.bin")
 RESAMPLER_KEY = "instantid_jax.resampler"
+C = TypeVar("C")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +84,12 @@ def open_tensors(path: Path) -> TensorFile:
     """A safetensors or torch file, known by its content. Raises `SourceError` for anything else."""
     require_there(path)
     with path.open("rb") as file:
-        head = file.read(9)
-    torch = head[:4] == b"PK\x03\x04" or (path.suffix != ".safetensors" and head[8:] != b"{")
+        head = file.read(HEAD)
+    # A safetensors file begins with the length of its header, which can look like any text unless it is too long to be one.
+    kind = what_it_is(head) if int.from_bytes(head[:8], "little") > MAX_HEADER else None
+    if kind:
+        raise SourceError(f"{path}: {kind}")
+    torch = head[:4] == b"PK\x03\x04" or (path.suffix != ".safetensors" and head[8:9] != b"{")
     return open_torch(path) if torch else open_safetensors(path)
 
 
@@ -91,11 +99,32 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SourceError(f"{path} is missing; is the download complete?") from None
+    except OSError as problem:
+        raise SourceError(f"{path} cannot be read ({problem.strerror})") from problem
     except (ValueError, RecursionError) as problem:
         raise SourceError(f"{path} is not JSON ({problem})") from problem
     if not isinstance(content, dict):
         raise SourceError(f"{path} is not a JSON object")
     return content
+
+
+@contextlib.contextmanager
+def _reading(where: object) -> Iterator[None]:
+    """A `ConfigError` raised within gets the name of what is read before its message."""
+    try:
+        yield
+    except ConfigError as problem:
+        raise ConfigError(f"{where}: {problem}") from problem
+
+
+def _published_config(path: Path, read: Callable[[dict[str, Any]], C], class_name: str | None = None) -> C:
+    """A published ``config.json`` through `read`. Raises `SourceError` where it is another class's than `class_name`."""
+    content = read_json(path)
+    found = content.get("_class_name", class_name)
+    if class_name is not None and found != class_name:
+        raise SourceError(f"{path} describes a {found} where a {class_name} is wanted; name the folder that holds one")
+    with _reading(path):
+        return read(content)
 
 
 def open_component(folder: Path, variant: str | None = None) -> TensorFile:
@@ -161,10 +190,11 @@ def read_model(base: Path, instant: Path, variant: str | None = None, fallback: 
     control = _first(instant, _CONTROLNETS, "the folder of the IdentityNet")
     adapter = open_tensors(_first(instant, _ADAPTERS, "the adapter file"))
     image_proj, ip_adapter = _adapter(adapter, configs["unet"].cross_attention_dim, tokens)
-    configs["identitynet"] = IdentityNetConfig.from_published(read_json(control / "config.json"))
+    configs["identitynet"] = _controlnet_config(control)
     configs["resampler"] = _resampler_config(image_proj)
     face = {512: "antelopev2", 128: "opencv"}.get(configs["resampler"].embedding_dim, "antelopev2")
-    config = ModelConfig(**configs, face_analyzer=face)
+    with _reading(f"{base} and {instant}"):
+        config = ModelConfig(**configs, face_analyzer=face)
     files |= {
         "identitynet": (open_component(control, None), None),
         "resampler": (image_proj, None),
@@ -187,11 +217,17 @@ def read_model(base: Path, instant: Path, variant: str | None = None, fallback: 
 def read_controlnet(folder: Path, variant: str | None = None) -> Snapshot:
     """An ordinary ControlNet for SDXL in diffusers' layout."""
     require_there(folder)
-    config = IdentityNetConfig.from_published(read_json(folder / "config.json"))
+    if folder.is_file():
+        raise SourceError(f"{folder} is a file; --controlnet takes a folder in diffusers' layout, with config.json beside the weights")
+    config = _controlnet_config(folder)
     network = Network(IdentityNet, config, ComputeConfig())
     file = open_component(folder, variant)
     fulfilled = account("controlnet", plan(diffusers.DIFFUSERS, network.disk_shapes()), file.tensors, diffusers.DIFFUSERS)
     return Snapshot(config, [Part("controlnet", file, fulfilled)], {"config.json": folder / "config.json"}, sources=[folder])
+
+
+def _controlnet_config(folder: Path) -> IdentityNetConfig:
+    return _published_config(folder / "config.json", IdentityNetConfig.from_published, "ControlNetModel")
 
 
 def table_of(network: str, config: ModelConfig | IdentityNetConfig) -> Table:
@@ -228,13 +264,16 @@ def _base_configs(base: Path) -> dict[str, Any]:
         raise SourceError(f"{base}: model_index.json describes a {name}, not Stable Diffusion XL")
     recognise.refuse_foreign_config(base, read_json(base / "unet/config.json"))
     towers = {
-        tower: CLIPTextConfig.from_published(read_json(base / tower / "config.json"), with_projection="WithProjection" in str(index.get(tower)))
+        tower: _published_config(
+            base / tower / "config.json",
+            functools.partial(CLIPTextConfig.from_published, with_projection="WithProjection" in str(index.get(tower))),
+        )
         for tower in ("text_encoder", "text_encoder_2")
     }
     return {
-        "unet": UNetConfig.from_published(read_json(base / "unet/config.json")),
-        "vae": AutoencoderConfig.from_published(read_json(base / "vae/config.json")),
-        "scheduler": SchedulerConfig.from_published(read_json(base / "scheduler/scheduler_config.json")),
+        "unet": _published_config(base / "unet/config.json", UNetConfig.from_published, "UNet2DConditionModel"),
+        "vae": _published_config(base / "vae/config.json", AutoencoderConfig.from_published, "AutoencoderKL"),
+        "scheduler": _published_config(base / "scheduler/scheduler_config.json", SchedulerConfig.from_published),
         "force_zeros_for_empty_prompt": bool(index.get("force_zeros_for_empty_prompt", True)),
         **towers,
     }
@@ -338,18 +377,25 @@ def _resampler_config(file: TensorFile) -> ResamplerConfig:
 
     dim, inner = size("latents", 2), size("layers.0.0.to_q.weight", 0)
     depth = len({name.split(".")[1] for name in file.tensors if name.startswith("layers.")})
-    shown = ResamplerConfig(
-        dim=dim,
-        depth=depth,
-        dim_head=64,
-        heads=max(inner // 64, 1),
-        num_queries=size("latents", 1),
-        embedding_dim=size("proj_in.weight", 1),
-        output_dim=size("proj_out.weight", 0),
-        ff_mult=size("layers.0.1.1.weight", 0) // max(dim, 1),
-    )
-    said = from_json(ResamplerConfig, file.metadata[RESAMPLER_KEY]) if RESAMPLER_KEY in file.metadata else None
+    with _reading(file.where):
+        shown = ResamplerConfig(
+            dim=dim,
+            depth=depth,
+            dim_head=64,
+            heads=max(inner // 64, 1),
+            num_queries=size("latents", 1),
+            embedding_dim=size("proj_in.weight", 1),
+            output_dim=size("proj_out.weight", 0),
+            ff_mult=size("layers.0.1.1.weight", 0) // max(dim, 1),
+        )
+    said = None
+    if RESAMPLER_KEY in file.metadata:
+        try:
+            said = from_json(ResamplerConfig, file.metadata[RESAMPLER_KEY])
+        except ValueError as problem:
+            raise SourceError(f"{file.where}: its metadata {RESAMPLER_KEY} is damaged ({problem}); export or copy the file again") from problem
     heads = (said.dim_head, said.heads) if said else (64, shown.heads)
     if heads[0] * heads[1] != inner:
         raise SourceError(f"{file.where}: the resampler's attention is {inner} wide, which is not a number of heads of {heads[0]}")
-    return dataclasses.replace(shown, dim_head=heads[0], heads=heads[1])
+    with _reading(file.where):
+        return dataclasses.replace(shown, dim_head=heads[0], heads=heads[1])

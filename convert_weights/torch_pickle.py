@@ -20,6 +20,7 @@ import numpy as np
 from convert_weights.source import BFLOAT16, MappedFile, SourceError, Tensor, TensorFile
 from convert_weights.torch_zip import Entry, read_entries
 
+HEAD = 262
 MAX_PICKLE = 64 * 2**20
 MAX_TENSORS = 100_000
 MAX_DEPTH = 4
@@ -85,9 +86,9 @@ def open_torch(path: Path) -> TensorFile:
     tensors that reach beyond their storage or share memory.
     """
     file = MappedFile(path)
-    head = file.bytes(0, min(16, file.size))
+    head = file.bytes(0, min(HEAD, file.size))
     if head[:4] != b"PK\x03\x04":
-        raise SourceError(f"{path}: {_kind(file, head)}")
+        raise SourceError(f"{path}: {what_it_is(head) or 'this is neither a safetensors file nor a torch file'}")
     entries = read_entries(file)
     order = entries.get("byteorder")
     if order is not None and file.bytes(order.start, min(order.size, 16)) != b"little":
@@ -105,16 +106,16 @@ def open_torch(path: Path) -> TensorFile:
     return TensorFile((file,), tensors)
 
 
-def _kind(file: MappedFile, head: bytes) -> str:
-    """What a file is that is not a zip."""
+def what_it_is(head: bytes) -> str | None:
+    """What a file is that often lies in the place of weights, from its first `HEAD` bytes; None where it is not known."""
     again = "save it again with torch.save of torch 1.6 or later, or as safetensors"
     if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         return f"this is a bare pickle or torch's format before 1.6, which is not read; {again}"
-    if file.size > 262 and file.bytes(257, 5) == b"ustar":
+    if head[257:262] == b"ustar":
         return f"this is a tar file, torch's oldest format, which is not read; {again}"
-    if head.lstrip()[:1] == b"<" or head.startswith(b"version https://"):
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<" or head.startswith(b"version https://"):
         return "this is a web page or a Git LFS pointer instead of weights; download the file again"
-    return "this is neither a safetensors file nor a torch file"
+    return None
 
 
 class _Machine:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -286,23 +287,46 @@ class InstantIDPipeline:
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """The configuration in a folder of converted weights. Raises `PipelineError` where there is none, or it is damaged."""
-    return _read_config(directory, ModelConfig, "a folder of converted weights", _IMPORT)
+    """The configuration in a folder of converted weights. Raises `PipelineError` where there is none, it is damaged, or a ControlNet's."""
+    return _read_config(directory, ModelConfig, "model")
 
 
 def read_controlnet_config(directory: Path) -> IdentityNetConfig:
     """The same of a converted ControlNet."""
-    return _read_config(directory, IdentityNetConfig, "a converted ControlNet", f"{_IMPORT} --controlnet")
+    return _read_config(directory, IdentityNetConfig, "controlnet")
 
 
-def _read_config(directory: Path, kind: type[C], what: str, command: str) -> C:
-    path = directory / "config.json"
+# By the kind that a folder's manifest says: what it is, and what makes one.
+_KINDS = {"model": ("a folder of converted weights", _IMPORT), "controlnet": ("a converted ControlNet", f"{_IMPORT} --controlnet")}
+
+
+def _read_config(directory: Path, cls: type[C], kind: str) -> C:
+    (what, command), path = _KINDS[kind], directory / "config.json"
     if not path.is_file():
         raise PipelineError(f"{directory} is not {what} (no config.json); make one with: {command}")
+    found = _kind(directory)
+    if found in _KINDS and found != kind:
+        place = "controlnets (--controlnet)" if found == "controlnet" else "the model (--weights)"
+        raise PipelineError(f"{directory} is {_KINDS[found][0]}, not {what}; give it as {place}, and here what is made with: {command}")
     try:
-        return from_json(kind, path.read_text(encoding="utf-8"))
+        content = path.read_text(encoding="utf-8")
+        published = json.loads(content)
+        if isinstance(published, dict) and "_class_name" in published:
+            raise PipelineError(f"{directory} is a published {published['_class_name']}, which is not converted yet; do so with: {command}")
+        return from_json(cls, content)
+    except PipelineError:
+        raise
     except ValueError as error:
         raise PipelineError(f"{path} is damaged ({error}); convert or copy the weights again") from error
+
+
+def _kind(directory: Path) -> str | None:
+    """What the folder's manifest says it is; None where there is no manifest that says so."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(manifest.get("kind")) if isinstance(manifest, dict) else None
 
 
 def check_call(config: ModelConfig, *, nets: int = 1, **arguments: Any) -> Request:

@@ -210,3 +210,29 @@ def test_a_writer_notices_a_tensor_that_is_not_what_was_announced(tmp_path: Path
     for write in writers:
         with pytest.raises(ValueError, match="was announced"):
             write()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.bin", "model"])
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 5135149760\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html>\n<html>404</html>", "a web page"),
+        (b"\xef\xbb\xbf\n<html>{}</html>", "a web page"),
+        (b"\x80\x02}q\x00" + b"X" * 300, "a bare pickle"),
+        (b"model.pt" + b"0" * 249 + b"ustar" + b"0" * 300, "a tar file"),
+    ],
+)
+def test_what_is_no_weights_file_is_named_whatever_its_suffix(content: bytes, kind: str, name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match=kind) as caught:
+        open_tensors(path)
+    assert str(caught.value).startswith(f"{path}: this is ")
+
+
+def test_a_header_whose_length_reads_like_a_page_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    header = b"{}".ljust(ord("<"))
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert not open_tensors(path).tensors
