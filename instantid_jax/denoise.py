@@ -134,17 +134,29 @@ _listeners: list[Callable[[int], None]] = []
 def watching(listener: Callable[[int], None] | None) -> Iterator[bool]:
     """Within this context `listener` is called with the number of each model call that a `denoise(watched=True)` makes.
 
-    The listener is no argument of the compiled program, so another one compiles nothing.
+    The listener is no argument of the compiled program, so another one compiles nothing. A running program cannot be
+    stopped: what the listener raises ends its calls, and is raised at the end of this context.
     """
     if listener is None:
         yield False
         return
-    _listeners.append(listener)
+    failures: list[Exception] = []
+
+    def heard(index: int) -> None:
+        if not failures:
+            try:
+                listener(index)
+            except Exception as failure:  # whatever the caller's code raises is the caller's to see, not the runtime's
+                failures.append(failure)
+
+    _listeners.append(heard)
     try:
         yield True
         jax.effects_barrier()
     finally:
-        _listeners.remove(listener)
+        _listeners.remove(heard)
+    if failures:
+        raise failures[0]
 
 
 def _report(index: Array) -> None:

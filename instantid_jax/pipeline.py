@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from instantid_jax.checkpoint import load_weights
 from instantid_jax.config import ComputeConfig, IdentityNetConfig, ModelConfig, from_json
 from instantid_jax.denoise import Conditions, Denoiser
 from instantid_jax.diffusion import control_window, make_sampler
+from instantid_jax.foreign import CALL, LOADING, METHODS, refusal
 from instantid_jax.models import FROZEN, TRAINABLE, Network, build_networks
 from instantid_jax.models.encoder import AddedConditions
 from instantid_jax.models.identitynet import IdentityNet
@@ -90,12 +91,14 @@ class InstantIDPipeline:
         mesh: jax.sharding.Mesh | None = None,
         controlnets: Sequence[str | Path] = (),
         attention: str = "auto",
+        **foreign: Any,
     ) -> InstantIDPipeline:
         """Loads what ``python -m convert_weights import`` wrote.
 
         `dtype` is that of weights and arithmetic: "float32", "bfloat16" or "float16". With a `mesh` the weights are
         spread over its devices. `controlnets` are folders that ``import --controlnet`` wrote.
         """
+        _refuse(cls.from_pretrained, foreign, LOADING, "from_pretrained")
         directory, compute = Path(directory), ComputeConfig(dtype=dtype, attention=attention)
         config, folders = read_config(directory), [Path(folder) for folder in controlnets]
         extra = [Network(IdentityNet, read_controlnet_config(folder), compute) for folder in folders]
@@ -104,6 +107,13 @@ class InstantIDPipeline:
         loaded = [(n, _load(folder / "controlnet", n, "controlnet", dtype, mesh)) for n, folder in zip(extra, folders, strict=True)]
         tokenizers = (Tokenizer.from_directory(directory / "tokenizer"), Tokenizer.from_directory(directory / "tokenizer_2"))
         return cls(config, parameters, tokenizers, compute=compute, controlnets=loaded)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Names of diffusers' pipelines that are not here are refused with what to use instead."""
+            instead = f"; in its place: {METHODS[name]}" if name in METHODS else ""
+            raise AttributeError(f"{type(self).__name__} has no {name!r}{instead}", name=name, obj=self)
 
     def set_ip_adapter_scale(self, scale: float) -> None:
         """Strength of the image adapter in calls that do not give `ip_adapter_scale` (0.5 after loading, as published)."""
@@ -201,6 +211,7 @@ class InstantIDPipeline:
         negative_target_size: tuple[int, int] | None = None,
         output_type: str = "pil",
         on_step: Callable[[int], None] | None = None,
+        **foreign: Any,
     ) -> PipelineOutput:
         """Makes ``len(prompts) * num_images_per_prompt`` pictures.
 
@@ -215,7 +226,8 @@ class InstantIDPipeline:
             controlnet_conditioning_scale: strength of IdentityNet (a list with other ControlNets).
             ip_adapter_scale: strength of the image adapter; None takes `set_ip_adapter_scale`'s.
             control_guidance_start, control_guidance_end: window of the steps, as fractions, in which the nets act.
-            control_mask: where IdentityNet and the adapter act: PIL or [H, W] or [H, W, 3], 0 to 255 or 0.0 to 1.0.
+            control_mask: where IdentityNet and the adapter act: PIL or [H, W] or [H, W, 3], 0 to 255 or 0.0 to 1.0. Integers other
+                than uint8 that are only 0 and 1 count as 0.0 and 1.0.
             seed: picture i of the call has seed + i, so each can be made again alone.
             latents: unit-normal noise [b, h, w, c] in place of the seed's.
             sampler: one of `diffusion.SAMPLERS`.
@@ -226,12 +238,16 @@ class InstantIDPipeline:
             original_size, crops_coords_top_left, target_size: SDXL's micro-conditioning, heights first. As in diffusers the negative
                 ones count only where both negative sizes are given, with a crop at (0, 0) by default; else they are the positive ones.
             output_type: "pil", "np" or "latent".
-            on_step: called with the number of each finished model call.
+            on_step: called with the number of each finished model call. What it raises is raised here, after the last call.
+            foreign: nothing is taken; a name of diffusers' is refused with what to use instead.
 
         Raises:
             PipelineError: an argument is out of range or of the wrong shape; nothing has been compiled by then.
         """
         arguments = {k: v for k, v in locals().items() if k in CHECKED}
+        _refuse(self.__call__, foreign, CALL, "the pipeline")
+        if on_step is not None and not callable(on_step):
+            raise PipelineError(f"on_step must be a function of the number of the finished model call, not {on_step!r}")
         request = Request.check(self.config, **arguments, nets=1 + len(self.controlnets))
         images = request.control_images(image, self.config.vae.downscale)
         size = images[0].shape[0], images[0].shape[1]
@@ -276,14 +292,24 @@ class InstantIDPipeline:
         )
 
     def _finish(self, latents: jax.Array, output_type: str) -> Any:
+        if not np.isfinite(denoised := np.asarray(latents)).all():
+            raise PipelineError(
+                "the denoising networks gave values that are not finite; load the model with dtype='float32' or 'bfloat16', or check its weights"
+            )
         if output_type == "latent":
-            return np.asarray(latents)
+            return denoised
         pictures = np.asarray(programs.decode(self.networks["vae"], self.parameters["vae"], latents))
         if not np.isfinite(pictures).all():
             raise PipelineError("the autoencoder gave values that are not finite; load the model with dtype='float32' or 'bfloat16'")
         if output_type == "np":
             return pictures
         return [Image.fromarray(np.round(p * 255).astype(np.uint8)) for p in pictures]
+
+
+def _refuse(function: Callable[..., Any], foreign: dict[str, Any], instead: dict[str, str], owner: str) -> None:
+    """Raises `PipelineError` for the first argument that `function` does not name."""
+    for name in foreign:
+        raise PipelineError(refusal(name, instead, inspect.signature(function).parameters.keys() - {"foreign"}, owner))
 
 
 def read_config(directory: Path) -> ModelConfig:

@@ -114,7 +114,8 @@ def _per_net(name: str, value: Any, nets: int, low: float, high: float) -> list[
 def _pair(name: str, value: Any) -> tuple[int, int]:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise PipelineError(f"{name} must be two whole numbers (height or top first), not {value!r}")
-    return _whole(name, value[0], -65536, 65536), _whole(name, value[1], -65536, 65536)
+    low = 1 if name.endswith("size") else 0
+    return _whole(name, value[0], low, 65536), _whole(name, value[1], low, 65536)
 
 
 def _real(name: str, value: Any) -> np.ndarray:
@@ -171,6 +172,10 @@ class Request:
         if a["prompt_weighting"] and (optional["prompt_2"] or optional["negative_prompt_2"] or a["clip_skip"]):
             raise PipelineError(
                 "prompt_2, negative_prompt_2 and clip_skip have no meaning with prompt_weighting, which feeds one text to both towers"
+            )
+        if optional["negative_prompt_2"] and optional["negative_prompt"] is None and config.force_zeros_for_empty_prompt:
+            raise PipelineError(
+                "negative_prompt_2 counts only together with negative_prompt, without which this model takes zeros; give negative_prompt too, or ''"
             )
         # clip_skip=n reads the states n layers before the last but one.
         layers = min(config.text_encoder.num_hidden_layers, config.text_encoder_2.num_hidden_layers)
@@ -258,9 +263,11 @@ class Request:
         array = _real("control_mask", given.astype(np.uint8) * 255 if given.dtype == bool else given)
         if array.shape[:2] != size or array.shape[2:] not in ((), (1,), (3,)):
             raise PipelineError(f"control_mask has shape {array.shape}, the picture is {size}: [height, width], or the same with 1 or 3 channels")
-        array = (array[..., 0] if array.ndim == 3 else array) / np.float32(255 if given.dtype in (np.uint8, bool) else 1)
+        array = array[..., 0] if array.ndim == 3 else array
+        whole = given.dtype in (np.uint8, bool) or (given.dtype.kind in "iu" and array.max() > 1)
+        array = array / np.float32(255 if whole else 1)
         if array.min() < 0 or array.max() > 1:
-            raise PipelineError("control_mask must lie in [0, 1], or be uint8")
+            raise PipelineError(f"control_mask must hold whole numbers from 0 to 255 or numbers from 0.0 to 1.0, not {given.min()} to {given.max()}")
         return array
 
 
