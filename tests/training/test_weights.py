@@ -75,8 +75,8 @@ def test_a_folder_without_weights_is_named(tmp_path):
 @pytest.mark.slow
 def test_an_autoencoder_is_trained_by_the_same_step_and_leaves_normalised_latents(tmp_path):
     pictures = small.source(16, latents=False)
-    config = small.recipe(
-        tmp_path / "run",
+    config = small.changed(
+        small.recipe(tmp_path / "run"),
         stage=StageConfig(objective="reconstruct", trainable=(r"^vae/",)),
         init=InitConfig(from_base=(), random=("vae",), latent_logvar=-6.0),
         loader__cached_latents=False,
