@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from instantid_jax import denoise as programs
-from instantid_jax.defaults import default_pipeline
+from instantid_jax.defaults import random_pipeline
 from instantid_jax.diffusion import SAMPLERS
 from instantid_jax.face import draw_kps
 from instantid_jax.pipeline import InstantIDPipeline, PipelineError
@@ -21,7 +21,7 @@ FAST = {"num_inference_steps": 3, "height": 64, "width": 64}
 
 @pytest.fixture(scope="module")
 def pipe() -> InstantIDPipeline:
-    return default_pipeline()
+    return random_pipeline()
 
 
 def make(pipe: InstantIDPipeline, **changes: Any) -> Any:

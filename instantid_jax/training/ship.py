@@ -54,6 +54,7 @@ def ship_weights(weights: Path, folder: Path) -> int:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     save_file(flat, part / "weights.safetensors")
+    (part / "weights.safetensors").chmod(0o644)  # it is made for its owner alone
     (part / "config.json").write_text(to_json(config) + "\n", encoding="utf-8")
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(weights / name, part / name)

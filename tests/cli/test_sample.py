@@ -15,12 +15,13 @@ from PIL import Image
 
 import sample
 from instantid_jax.config import sdxl, tiny, to_json
+from instantid_jax.defaults import PROMPTS, people
 from instantid_jax.diffusion import SAMPLERS
 from instantid_jax.output import read_settings
 from instantid_jax.pipeline import PipelineOutput
+from instantid_jax.sample_options import SampleOptions, SamplerName
 
 ROOT = Path(__file__).parents[2]
-QUICK = ["--steps", "2", "--height", "64", "--width", "64"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -32,19 +33,35 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_run_without_weights_makes_pictures_twice_alike(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        done = run("--out", str(tmp_path / name), "--num-images", "2", *QUICK)
+        done = run("--out", str(tmp_path / name), "--steps", "2")
         assert done.returncode == 0, done.stderr
-        assert "RANDOM weights" in done.stderr and "convert_weights import" in done.stderr
+        assert "trained on rendered heads" in done.stderr and "convert_weights import" in done.stderr
         assert "compiled in" in done.stdout
         assert "HEAVY []" in done.stdout
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert names == ["000000.png", "000001.png", "sheet.png"]
+    drawn = [f"{person.name}_{i:02d}.png" for person in people() for i in range(len(PROMPTS))]
+    assert names == sorted([*drawn, "sheet.png"])
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    settings = read_settings(tmp_path / "a" / "000001.png")
-    assert (settings["seed"], settings["size"], settings["model"]) == (1, "64x64", "random weights")
-    with Image.open(tmp_path / "a" / "000000.png") as image:
-        assert np.asarray(image).std() > 10
+    settings = read_settings(tmp_path / "a" / drawn[1])
+    found = [settings[name] for name in ("seed", "size", "model", "prompt", "face", "steps", "guidance_scale")]
+    assert found == [1, "64x64", "the small model", list(PROMPTS.values())[1], people()[0].name, 2, 3.0]
+    with Image.open(tmp_path / "a" / "sheet.png") as image:
+        assert image.width > image.height > 600
+
+
+def test_a_photo_and_a_prompt_with_the_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo, pose = people()[0].photo, people()[1].photo
+    words = "photo of a person with long black hair, smiling, red background"
+    out = tmp_path / "out"
+    arguments = ["--face", str(photo), "--pose", str(pose), "--prompt", words, "--num-images", "2", "--steps", "2", "--out", str(out)]
+    assert sample.main(arguments) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["000000.png", "000001.png", "sheet.png"]
+    with Image.open(out / "000001.png") as image:
+        assert image.size == (64, 64)
+    capsys.readouterr()
+    assert sample.main(["--prompt", words, "--num-images", "2", "--steps", "1", "--out", str(tmp_path / "all")]) == 0
+    assert len(list((tmp_path / "all").iterdir())) == 2 * len(people()) + 1
 
 
 class Stub:
@@ -190,8 +207,8 @@ def test_too_little_memory_is_one_sentence(make: Callable[[], BaseException], st
 
 
 def test_names_that_are_chosen_from() -> None:
-    assert typing.get_args(sample.SamplerName) == tuple(SAMPLERS)
-    assert tiny().face_analyzer in typing.get_args(typing.get_args(typing.get_type_hints(sample.Settings)["analyzer"])[0])
+    assert typing.get_args(SamplerName) == tuple(SAMPLERS)
+    assert tiny().face_analyzer in typing.get_args(typing.get_args(typing.get_type_hints(SampleOptions)["analyzer"])[0])
 
 
 @pytest.mark.parametrize(

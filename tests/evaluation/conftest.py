@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from instantid_jax.defaults import default_pipeline
+from instantid_jax.defaults import random_pipeline
 from instantid_jax.evaluation import panel as panels
 from instantid_jax.evaluation.attributes import TextJudge
 from instantid_jax.evaluation.panel import Panel, fit_text_judge, make_panel
@@ -30,7 +30,7 @@ class ColorJudge:
 @pytest.fixture(scope="session")
 def pipe() -> InstantIDPipeline:
     """The small random model."""
-    return default_pipeline()
+    return random_pipeline()
 
 
 @pytest.fixture(scope="session")

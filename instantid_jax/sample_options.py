@@ -1,0 +1,94 @@
+"""The options of sample.py, and what they mean for the pipeline's call."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from instantid_jax.request import read_sampler_options
+
+__all__ = ["SampleOptions", "SamplerName"]
+
+SamplerName = Literal["euler", "euler_a", "heun", "ddim", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "unipc", "lcm"]
+
+_PUBLISHED: dict[str, Any] = {
+    "prompt": "analog film photo of a person, highly detailed",
+    "steps": 30,
+    "guidance_scale": 5.0,
+    "identitynet_scale": 0.8,
+    "ip_adapter_scale": 0.8,
+}
+_SMALL: dict[str, Any] = {
+    "prompt": "photo of a person with short brown hair, smiling, blue background",
+    "steps": 20,
+    "guidance_scale": 3.0,
+    "identitynet_scale": 1.0,
+    "ip_adapter_scale": 1.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """Pictures of a person from one photo and a prompt."""
+
+    weights: Path | None = None  # Folder that `python -m convert_weights import` or train.py wrote; without it the small model that comes along.
+    face: tuple[Path, ...] = ()  # One photo of the person or several (averaged), or one .npz/.npy with a face vector and keypoints.
+    pose: Path | None = None  # Photo (or .npz) whose keypoints give the pose; the first face photo's by default.
+    prompt: str | None = None  # What to make; by default a film photo.
+    negative_prompt: str | None = None  # What to avoid. Leaving it out is not the same as an empty text.
+    prompt_weighting: bool = False  # Read (word:1.2), [word] and BREAK in prompts, and prompts of any length.
+    num_images: int = 1  # How many pictures; picture i has seed + i.
+    seed: int = 0  # Seed of the first picture.
+    steps: int | None = None  # Denoising steps; by default 30 (20 with the small model).
+    sampler: SamplerName = "euler"  # How to go from noise to a picture.
+    sampler_option: tuple[str, ...] = ()  # The sampler's own options as key=value: karras=true, eta=0.5, final_sigmas_type=sigma_min.
+    guidance_scale: float | None = None  # Classifier-free guidance, by default 5 (3 with the small model); 1 or less switches it off.
+    guidance_rescale: float = 0.0  # Against over-saturation, 0 to 1.
+    clip_skip: int = 0  # Text layers to leave out, counted from the last but one.
+    identitynet_scale: float | None = None  # Strength of IdentityNet: keypoints and likeness. By default 0.8 (1 with the small model).
+    ip_adapter_scale: float | None = None  # Strength of the image adapter: facial detail, likewise. Lower it first when colours burn.
+    control_start: float = 0.0  # Fraction of the steps at which IdentityNet (and other ControlNets) begin to act.
+    control_end: float = 1.0  # Fraction of the steps at which they stop acting.
+    control_mask: Path | None = None  # Picture that is white where IdentityNet and the image adapter act, black where they do not.
+    controlnet: tuple[Path, ...] = ()  # Other ControlNets, folders that `python -m convert_weights import --controlnet` wrote.
+    control_image: tuple[Path, ...] = ()  # One picture (depth, edges, ...) for each --controlnet.
+    control_scale: tuple[float, ...] = ()  # One strength for each --controlnet; 1 by default.
+    height: int | None = None  # Pixels, a multiple of 8; by default from the pose photo, its long side 1280 (64 with the small model).
+    width: int | None = None  # Width, likewise; of one alone the other follows from the photo's proportions.
+    face_index: int | None = None  # Which face to take, counted from 0 from the left, when a photo shows several.
+    analyzer: Literal["antelopev2", "opencv"] | None = None  # Face backend; by default the one that the weights were trained with.
+    analyzer_root: Path | None = None  # Folder of the antelopev2 model files.
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # Type of weights and arithmetic.
+    out: Path = Path("outputs")  # Folder for the pictures and the contact sheet. Pictures with other settings stay: new ones get a number.
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether nothing says whom to draw: then it is the people who come along, and several prompts where none is given."""
+        return self.weights is None and not self.face
+
+    def filled(self) -> SampleOptions:
+        """With the defaults of the model that is used, where nothing was given."""
+        defaults = _SMALL if self.weights is None else _PUBLISHED
+        return dataclasses.replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+
+    def check(self) -> None:
+        """Raises ValueError for options that do not go together."""
+        if len(self.control_image) != len(self.controlnet) or len(self.control_scale) not in (0, len(self.controlnet)):
+            raise ValueError("--control-image and --control-scale go with --controlnet: one of each for every ControlNet")
+        if self.weights is None and self.controlnet:
+            raise ValueError("--controlnet needs --weights: the small model has no other ControlNets")
+        if not self.face and self.weights is not None:
+            raise ValueError("no --face given: name a photo of the person")
+
+    def call(self) -> dict[str, Any]:
+        """Arguments of `InstantIDPipeline.__call__`, of options that `filled` gave; pictures and embedding are missing."""
+        same = ("prompt", "negative_prompt", "prompt_weighting", "seed", "sampler", "clip_skip", "guidance_scale", "guidance_rescale")
+        return {name: getattr(self, name) for name in (*same, "ip_adapter_scale", "height", "width")} | {
+            "num_images_per_prompt": self.num_images,
+            "num_inference_steps": self.steps,
+            "sampler_options": read_sampler_options(self.sampler_option),
+            "control_guidance_start": self.control_start,
+            "control_guidance_end": self.control_end,
+            "controlnet_conditioning_scale": [self.identitynet_scale, *(self.control_scale or (1.0,) * len(self.controlnet))],
+        }
