@@ -22,7 +22,7 @@ from jax.errors import JaxRuntimeError
 from instantid_jax import __version__
 from instantid_jax.defaults import DEFAULT_WEIGHTS, NOTICE, default_config, default_pipeline, framed
 from instantid_jax.demo import count_people, draw_people, save_sheet
-from instantid_jax.face import Identity, load_analyzer, load_photo
+from instantid_jax.face import FaceError, Identity, load_analyzer, load_photo
 from instantid_jax.output import check_folder, save_run, weights_digest
 from instantid_jax.pipeline import InstantIDPipeline, check_call, read_config
 from instantid_jax.progress import CompileSeconds, StepBar
@@ -64,7 +64,10 @@ def run(given: SampleOptions) -> list[Path]:
     call = s.call()
     request = check_call(config, nets=1 + len(s.controlnet), **call)
     analyzer = functools.cache(lambda: load_analyzer(s.analyzer or config.face_analyzer, s.analyzer_root))
-    pose = read_identity((s.pose,), analyzer, face_index=s.face_index) if s.pose else None
+    try:
+        pose = read_identity((s.pose,), analyzer, face_index=s.pose_face_index) if s.pose else None
+    except FaceError as error:
+        raise ValueError(str(error).replace("--face-index", "--pose-face-index")) from error
     if s.is_demo:
         identity, backend = None, analyzer()
     else:

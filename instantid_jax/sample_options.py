@@ -56,7 +56,8 @@ class SampleOptions:
     control_scale: tuple[float, ...] = ()  # One strength for each --controlnet; 1 by default.
     height: int | None = None  # Pixels, a multiple of 8; by default from the pose photo, its long side 1280 (64 with the small model).
     width: int | None = None  # Width, likewise; of one alone the other follows from the photo's proportions.
-    face_index: int | None = None  # Which face to take, counted from 0 from the left, when a photo shows several.
+    face_index: int | None = None  # Which face to take, counted from 0 from the left, where a --face photo shows several.
+    pose_face_index: int | None = None  # The same for the pose photo.
     analyzer: Literal["antelopev2", "opencv"] | None = None  # Face backend; by default the one that the weights were trained with.
     analyzer_root: Path | None = None  # Folder of the antelopev2 model files.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # Type of weights and arithmetic.

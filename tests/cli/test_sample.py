@@ -17,6 +17,7 @@ import sample
 from instantid_jax.config import sdxl, tiny, to_json
 from instantid_jax.defaults import PROMPTS, people
 from instantid_jax.diffusion import SAMPLERS
+from instantid_jax.face import load_photo
 from instantid_jax.output import read_settings
 from instantid_jax.pipeline import PipelineOutput
 from instantid_jax.sample_options import SampleOptions, SamplerName
@@ -62,6 +63,19 @@ def test_a_photo_and_a_prompt_with_the_small_model(tmp_path: Path, capsys: pytes
     capsys.readouterr()
     assert sample.main(["--prompt", words, "--num-images", "2", "--steps", "1", "--out", str(tmp_path / "all")]) == 0
     assert len(list((tmp_path / "all").iterdir())) == 2 * len(people()) + 1
+
+
+@pytest.mark.usefixtures("stub")
+def test_each_photo_with_several_faces_has_an_index_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = (load_photo(person.photo).resize((400, 400)) for person in people()[:2])
+    two = Image.new("RGB", (1000, 500), "white")
+    two.paste(one, (50, 50)), two.paste(other, (550, 50))
+    two.save(tmp_path / "two.png")
+    arguments = ["--face", str(people()[0].photo), "--pose", str(tmp_path / "two.png"), "--out", str(tmp_path / "out")]
+    assert sample.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "two.png: 2 faces found" in error and "--pose-face-index" in error
+    assert sample.main([*arguments, "--pose-face-index", "1"]) == 0
 
 
 class Stub:
