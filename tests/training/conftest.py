@@ -4,6 +4,7 @@ Most of the trainer is one whatever is learned, so most tests train the recognis
 in a second; those of the denoising objective share one compiled program.
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -53,3 +54,13 @@ def make_run(tmp_path, source, weights, program):
         return Run(config, source=records or source, validation=source, program=None if fresh else program)
 
     return make
+
+
+@pytest.fixture
+def collected():
+    """Orbax reads arrays side by side; where one cannot be read it leaves the others' coroutines to the collector, which tells of them.
+
+    Tests that damage files let it tell at their own end, and pass over that with `pytest.PytestUnraisableExceptionWarning`.
+    """
+    yield
+    gc.collect()

@@ -169,6 +169,8 @@ def damage_empty(folder):
 DAMAGES = [damage_cut, damage_missing, damage_metadata, damage_empty]
 
 
+@pytest.mark.usefixtures("collected")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_one_is_named_and_the_previous_used_only_when_asked(tmp_path, like, damage, capsys):
     saved(tmp_path, 1, 2)
@@ -189,6 +191,8 @@ def test_a_damaged_one_is_named_and_the_previous_used_only_when_asked(tmp_path, 
     checkpoints.close()
 
 
+@pytest.mark.usefixtures("collected")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_flipped_bit_goes_unnoticed(tmp_path, like):
     """Each file of a checkpoint, a bit in three places: refused, or of no effect on what is read."""
     saved(tmp_path / "whole", 1)
@@ -230,6 +234,8 @@ def test_a_leaf_in_another_s_place_is_damage(tmp_path, like, monkeypatch):
     checkpoints.close()
 
 
+@pytest.mark.usefixtures("collected")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_only_one_damaged_is_never_a_fresh_start(tmp_path, like):
     saved(tmp_path, 1)
     damage_cut(tmp_path / "checkpoints" / "1")

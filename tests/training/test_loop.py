@@ -136,6 +136,8 @@ def test_another_order_is_refused_when_going_on(make_run):
         train(make_run(seed=5))
 
 
+@pytest.mark.usefixtures("collected")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_stops_the_run_until_told_otherwise(make_run, whole):
     reference, _ = whole
     newest = reference.out / "checkpoints" / "6"
