@@ -27,8 +27,9 @@ class StepBar:
     def __init__(self, steps: int, file: TextIO | None = None):
         stream: TextIO = sys.stderr if file is None else file
         width = min(shutil.get_terminal_size().columns, _WIDEST)
-        shape = {"ncols": width, "nrows": _ROWS, "mininterval": 0}
-        self._bar = tqdm(total=steps, unit="step", desc="compiling", file=stream, disable=not stream.isatty(), **shape)
+        self._bar = tqdm(
+            total=steps, unit="step", desc="compiling", ncols=width, nrows=_ROWS, mininterval=0, file=stream, disable=not stream.isatty()
+        )
 
     def on_step(self, index: int) -> None:
         """Called with the number of each finished model call."""

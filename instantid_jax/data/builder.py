@@ -128,7 +128,7 @@ class BeamRecordBuilder(_Builder, skip_registration=True):
     name = NAME
 
     def _split_generators(self, dl_manager: Any, pipeline: Any) -> dict[str, Any]:
-        import apache_beam as beam
+        import apache_beam as beam  # pyright: ignore[reportMissingImports]
 
         del dl_manager
         return {split: records | f"Example {split}" >> beam.Map(example_of) for split, records in self._job.beam_records(pipeline).items()}
@@ -160,7 +160,7 @@ def write_dataset(
         builder: Any = RecordBuilder(job, out)
     else:
         try:
-            from apache_beam.options.pipeline_options import PipelineOptions
+            from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise DataError('Apache Beam is not installed; pip install "instantid_jax[beam]"') from error
         builder = BeamRecordBuilder(job, out)

@@ -135,8 +135,8 @@ class PrepareJob:
 
     def beam_records(self, pipeline: Any) -> dict[str, Any]:
         """See `builder.Job`."""
-        import apache_beam as beam
-        from apache_beam.io import WriteToText
+        import apache_beam as beam  # pyright: ignore[reportMissingImports]
+        from apache_beam.io import WriteToText  # pyright: ignore[reportMissingImports]
 
         reader, examiner = self.reader, self.examiner
         entries = (
