@@ -102,7 +102,9 @@ class Checkpoints:
         `like` is a tree of `ShapeDtypeStruct`s with shardings, which may be other than when the checkpoint was written.
         A checkpoint that cannot be read raises `CheckpointError`; with `damaged="previous"` the one before is taken.
         Newer ones than the one that was taken are moved aside: the run that goes on will write those steps again.
+        What is still being written counts: it is waited for.
         """
+        self.wait()
         steps = self.steps
         if step is not None and step not in steps:
             raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}")
