@@ -109,11 +109,13 @@ class _Loop:
         """The loop. Returns the exit status."""
         config = self.run.config
         while True:
-            value = self._validate()
             stop = self._told_to_stop()
-            if self.done > self.saved and (stop or _due(config.checkpoint.every, self.done, config.steps)):
-                if self._settle():
-                    continue
+            saving = self.done > self.saved and (stop or _due(config.checkpoint.every, self.done, config.steps))
+            validating = self.checked != self.done and self._validation_due()
+            if (saving or validating) and self._settle():
+                continue
+            value = self._validate() if validating else None
+            if saving:
                 self._save(value)
             if stop:
                 self.log.say(f"stopped by signal {self.stopping[0] if self.stopping else ''} at step {self.done}; the same command goes on")
@@ -122,12 +124,14 @@ class _Loop:
                 return 0
             self._advance()
 
+    def _validation_due(self) -> bool:
+        config = self.run.config
+        return any(_due(every, self.done, config.steps) for every in (config.validation.every, config.validation.samples_every))
+
     def _validate(self) -> float | None:
         """Held-out losses and pictures, where they are due; the value that ranks a checkpoint of this step."""
         config, value = self.run.config, None
-        if self.checked == self.done:  # just resumed: this was done before the checkpoint was written
-            return None
-        self.checked = self.done
+        self.checked = self.done  # a run that is resumed here did this before its checkpoint was written
         with self.meters.paused():
             if _due(config.validation.every, self.done, config.steps):
                 told = self.run.validate()

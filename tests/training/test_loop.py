@@ -220,6 +220,28 @@ def test_rewinding_before_any_checkpoint_goes_back_to_the_start(make_run, poison
     assert "back to the weights of step 0" in capsys.readouterr().out
 
 
+def test_stopped_at_a_rewound_step_and_gone_on_is_never_stopped(make_run, poison):
+    records, _, step = poison
+    settings = {"records": records, "steps": 5, "guard__policy": "rewind", "checkpoint__every": 1}
+    one = make_run("one", **settings)
+    train(one)
+    assert stopped_after(make_run("two", **settings), step) == EXIT_INTERRUPTED
+    two = make_run("two", **settings)
+    train(two)
+    assert bits(two.state) == bits(one.state)
+
+
+def test_what_is_validated_is_what_is_saved(make_run, poison):
+    """At a step that is rewound, validation sees the weights that the run goes on with, not those of the bad step."""
+    records, _, step = poison
+    run = make_run(records=records, steps=3, guard__policy="rewind", checkpoint__every=1, validation__every=1)
+    seen, validate = {}, run.validate
+    run.validate = lambda: seen.update({int(run.state.step): bits(run.state.parameters)}) or validate()
+    train(run)
+    assert seen[step] == seen[step - 1] and seen[step + 1] != seen[step]
+    assert [row["step"] for row in log(run) if row["kind"] in ("train", "validation")] == [1, 1, 2, 2, 3, 3]
+
+
 def test_too_many_bad_steps_end_the_run_whatever_the_policy(make_run):
     run = make_run(records=poisoned(*range(24)), guard__limit=3, steps=9)
     with pytest.raises(BadSteps, match="3 in a row, so the run ends; the last checkpoint is untouched"):
