@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from instantid_jax.published import CONTROLNET_FIXED, UNET_FIXED, ConfigError, broadcast, did_you_mean, read_fields, read_unet, require
+from instantid_jax.published import CONTROLNET_FIXED, UNET_FIXED, ConfigError, broadcast, build, checked, read_fields, read_unet, require
 
 __all__ = [
     "AutoencoderConfig",
@@ -114,7 +111,7 @@ class UNetConfig:
     @classmethod
     def from_published(cls, published: Mapping[str, Any]) -> UNetConfig:
         """Reads ``unet/config.json``. Raises `ConfigError` on any field or value that is not implemented."""
-        return cls(**_checked(cls, read_unet(cls, published, UNET_FIXED)))
+        return cls(**checked(cls, read_unet(cls, published, UNET_FIXED)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +135,7 @@ class IdentityNetConfig(UNetConfig):
     @classmethod
     def from_published(cls, published: Mapping[str, Any]) -> IdentityNetConfig:
         """Reads a ControlNet's ``config.json``. Raises `ConfigError` on any field or value that is not implemented."""
-        return cls(**_checked(cls, read_unet(cls, published, CONTROLNET_FIXED)))
+        return cls(**checked(cls, read_unet(cls, published, CONTROLNET_FIXED)))
 
     @classmethod
     def from_unet(cls, unet: UNetConfig, conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)) -> IdentityNetConfig:
@@ -208,7 +205,7 @@ class AutoencoderConfig:
         for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             for value in published.pop(key, ()):
                 require("AutoencoderKL", key, value, (block,))
-        return cls(**_checked(cls, read_fields(cls, published, {"act_fn": ("silu",)})))
+        return cls(**checked(cls, read_fields(cls, published, {"act_fn": ("silu",)})))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +234,7 @@ class CLIPTextConfig:
     @classmethod
     def from_published(cls, published: Mapping[str, Any], *, with_projection: bool) -> CLIPTextConfig:
         """Reads ``text_encoder*/config.json``; whether there is a projection is said by ``model_index.json``."""
-        taken: dict[str, Any] = _checked(cls, read_fields(cls, published, {})) | {"with_projection": with_projection}
+        taken: dict[str, Any] = checked(cls, read_fields(cls, published, {})) | {"with_projection": with_projection}
         if taken.get("eos_token_id", 2) == 2:  # SDXL's files carry a placeholder; the tokenizer's last entry is meant
             taken["eos_token_id"] = taken.get("vocab_size", cls.vocab_size) - 1
         return cls(**taken)
@@ -320,7 +317,7 @@ class SchedulerConfig:
                 "variance_type",
             ]
         )
-        return cls(**_checked(cls, read_fields(cls, published, fixed, solver)))
+        return cls(**checked(cls, read_fields(cls, published, fixed, solver)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -392,78 +389,7 @@ def to_json(config: Any) -> str:
 
 def from_json(cls: type[T], text: str) -> T:
     """The inverse of `to_json`. Raises `ConfigError` naming any field that `cls` does not have."""
-    return _build(cls, json.loads(text), cls.__name__)
-
-
-def _build(cls: type[T], values: Any, where: str) -> T:
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: expected an object, got {values!r}")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    arguments: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise ConfigError(f"{where}: unknown field {key!r}{did_you_mean(key, fields)}")
-        arguments[key] = _convert(hints[key], value, f"{where}.{key}")
-    return cls(**arguments)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)  # type: ignore[arg-type]
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None:
-        if type(None) in options:
-            return None
-    elif isinstance(value, list):
-        for option in options:
-            inner = typing.get_args(option) if typing.get_origin(option) is tuple else ()
-            if inner and (inner[-1] is ... or len(inner) == len(value)):
-                kinds = inner[:1] * len(value) if inner[-1] is ... else inner
-                return tuple(_convert(kind, v, f"{where}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True)))
-    elif any(_is_of(value, option) for option in options):
-        return value
-    elif float in options and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    raise ConfigError(f"{where}: {value!r} is not a {hint}")
-
-
-_MAY_BE_ZERO = ("freq_shift", "steps_offset", "eos_token_id")
-_ANY_NUMBER = ("shift_factor", "latents_mean")
-_EACH_BLOCK = ("transformer_layers_per_block", "attention_head_dim")
-
-
-def _checked(cls: type[Any], taken: dict[str, Any]) -> dict[str, Any]:
-    """Fields out of a published file, each of its type and in its range. A size that is left open (null) is the default."""
-    hints, out = typing.get_type_hints(cls), {}
-    for key, value in taken.items():
-        where, hint = f"{cls.__name__}: {key}", hints[key]
-        if value is None and key == "sample_size":
-            continue
-        if key in _EACH_BLOCK and not isinstance(value, tuple | list):
-            hint = typing.get_args(hint)[0]  # one number for all blocks
-        out[key] = _convert(hint, list(value) if isinstance(value, tuple) else value, where)
-        if out[key] == ():
-            raise ConfigError(f"{where} is empty")
-        for number in out[key] if isinstance(out[key], tuple) else (out[key],):
-            if isinstance(number, bool | str) or number is None or (key in _ANY_NUMBER and math.isfinite(number)):
-                continue
-            if not math.isfinite(number) or number < 0 or (number == 0 and key not in _MAY_BE_ZERO):
-                raise ConfigError(f"{where}={number} is out of range; it must be {'0 or more' if key in _MAY_BE_ZERO else 'positive'}")
-    return out
-
-
-def _is_of(value: Any, option: Any) -> bool:
-    """Whether a value is of a type, or one of a Literal's; True and False are no numbers."""
-    if typing.get_origin(option) is typing.Literal:
-        return value in typing.get_args(option)
-    return isinstance(option, type) and isinstance(value, option) and not (isinstance(value, bool) and option is not bool)
-
-
-def _is(value: Any, option: Any) -> bool:
-    if typing.get_origin(option) is typing.Literal:
-        return value in typing.get_args(option)
-    return isinstance(option, type) and isinstance(value, option) and not (isinstance(value, bool) and option is not bool)
+    return build(cls, json.loads(text), cls.__name__)
 
 
 def sdxl() -> ModelConfig:

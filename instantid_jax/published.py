@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import types
+import typing
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -124,3 +129,70 @@ def read_unet(cls: type, published: Mapping[str, Any], fixed: Mapping[str, tuple
             raise ConfigError(f"{cls.__name__}: layers_per_block={layers!r}: only equal numbers are supported")
         published["layers_per_block"] = layers[0]
     return read_fields(cls, published, fixed)
+
+
+def build(cls: type[T], values: Any, where: str) -> T:
+    """A dataclass of what JSON gave. Raises `ConfigError` naming any field that it does not have or whose value is of another type."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected an object, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"{where}: unknown field {key!r}{did_you_mean(key, fields)}")
+        arguments[key] = _convert(hints[key], value, f"{where}.{key}")
+    return cls(**arguments)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """A value of a field of this type: lists become tuples, integers floats where floats are asked for."""
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)  # type: ignore[arg-type]
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None:
+        if type(None) in options:
+            return None
+    elif isinstance(value, list):
+        for option in options:
+            inner = typing.get_args(option) if typing.get_origin(option) is tuple else ()
+            if inner and (inner[-1] is ... or len(inner) == len(value)):
+                kinds = inner[:1] * len(value) if inner[-1] is ... else inner
+                return tuple(_convert(kind, v, f"{where}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True)))
+    elif any(_is_of(value, option) for option in options):
+        return value
+    elif float in options and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    raise ConfigError(f"{where}: {value!r} is not a {hint}")
+
+
+_MAY_BE_ZERO = ("freq_shift", "steps_offset", "eos_token_id")
+_ANY_NUMBER = ("shift_factor", "latents_mean")
+_EACH_BLOCK = ("transformer_layers_per_block", "attention_head_dim")
+
+
+def checked(cls: type[Any], taken: dict[str, Any]) -> dict[str, Any]:
+    """Fields out of a published file, each of its type and in its range. A size that is left open (null) is the default."""
+    hints, out = typing.get_type_hints(cls), {}
+    for key, value in taken.items():
+        where, hint = f"{cls.__name__}: {key}", hints[key]
+        if value is None and key == "sample_size":
+            continue
+        if key in _EACH_BLOCK and not isinstance(value, tuple | list):
+            hint = typing.get_args(hint)[0]  # one number for all blocks
+        out[key] = _convert(hint, list(value) if isinstance(value, tuple) else value, where)
+        if out[key] == ():
+            raise ConfigError(f"{where} is empty")
+        for number in out[key] if isinstance(out[key], tuple) else (out[key],):
+            if isinstance(number, bool | str) or number is None or (key in _ANY_NUMBER and math.isfinite(number)):
+                continue
+            if not math.isfinite(number) or number < 0 or (number == 0 and key not in _MAY_BE_ZERO):
+                raise ConfigError(f"{where}={number} is out of range; it must be {'0 or more' if key in _MAY_BE_ZERO else 'positive'}")
+    return out
+
+
+def _is_of(value: Any, option: Any) -> bool:
+    """Whether a value is of a type, or one of a Literal's; True and False are no numbers."""
+    if typing.get_origin(option) is typing.Literal:
+        return value in typing.get_args(option)
+    return isinstance(option, type) and isinstance(value, option) and not (isinstance(value, bool) and option is not bool)
