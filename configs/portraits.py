@@ -16,11 +16,11 @@ BASE = "runs/portraits_base/weights"
 def config(base: str = BASE) -> TrainConfig:
     return TrainConfig(
         model=saved_model(base),
-        steps=12_000,
+        steps=8000,
         data=("data/portraits_latents",),
         out="runs/portraits",
         loader=LoaderConfig(
-            global_batch=32,
+            global_batch=16,
             resolution=64,
             cached_latents=True,
             paired_reference=0.85,
@@ -31,13 +31,13 @@ def config(base: str = BASE) -> TrainConfig:
             num_threads=1,
         ),
         init=InitConfig(weights=base, condition_gain=2.5),
-        loss=LossConfig(timesteps="stratified", face_weight=1.0, identity_weight=0.3),
+        loss=LossConfig(timesteps="stratified", face_weight=1.0, identity_weight=0.5),
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
             schedule="cosine",
             warmup=100,
             hold=0.5,
-            ema=0.999,
+            ema=0.998,
             multipliers=((r"^(resampler|identitynet/controlnet_)", 2.0), (r"^identitynet/", 0.7)),
         ),
         checkpoint=CheckpointConfig(every=500),

@@ -22,7 +22,7 @@ START = "runs/portraits_recognizer/weights"
 def config() -> TrainConfig:
     return TrainConfig(
         model=dataclasses.replace(portraits(), vae=saved_model(START).vae),
-        steps=12_000,
+        steps=4200,
         data=("data/portraits_latents",),
         out="runs/portraits_base",
         loader=LoaderConfig(
@@ -31,7 +31,7 @@ def config() -> TrainConfig:
         stage=StageConfig(identitynet=False, adapter=False, trainable=(r"^unet/", r"^text_encoder/", r"^text_encoder_2/")),
         init=InitConfig(weights=START, from_base=(), random=("unet", "text_encoder", "text_encoder_2")),
         loss=LossConfig(timesteps="stratified"),
-        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup=100, hold=0.5, ema=0.999),
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup=100, hold=0.5, ema=0.998),
         checkpoint=CheckpointConfig(every=500),
         log=LogConfig(every=100),
         validation=ValidationConfig(every=500, samples_every=1000),

@@ -18,14 +18,13 @@ def config() -> TrainConfig:
     full = load_recipe("configs/portraits.py", base=BASE)
     return dataclasses.replace(
         full,
-        steps=1500,
+        steps=1000,
         data=("data/portraits_quick_latents",),
         prepare=(
             "portraits --out data/portraits_quick --train 800 --validation 64 --test 0",
             f"cache --data data/portraits_quick --resolution 64 --weights {BASE} --out data/portraits_quick_latents",
         ),
         out="runs/portraits_quick",
-        loader=dataclasses.replace(full.loader, global_batch=16),
         log=LogConfig(every=50),
         validation=ValidationConfig(every=100, samples_every=500, samples=8),
     )

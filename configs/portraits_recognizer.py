@@ -22,7 +22,7 @@ VAE = "runs/portraits_vae/weights"
 def config() -> TrainConfig:
     return TrainConfig(
         model=saved_model(VAE),
-        steps=6000,
+        steps=2400,
         data=("data/portraits_latents",),
         prepare=(f"cache --data data/portraits --resolution 64 --weights {VAE} --out data/portraits_latents",),
         out="runs/portraits_recognizer",
