@@ -139,6 +139,8 @@ class _Loop:
                 if config.checkpoint.keep_best and name not in told:
                     raise ValueError(f"checkpoint.metric {config.checkpoint.metric} is not measured in this stage; it has {', '.join(told)}")
                 value = told.get(name)
+                if value is not None and name.endswith("_gap"):
+                    value = -value  # the larger the better
                 self.log.record("validation", self.done, told)
             if _due(config.validation.samples_every, self.done, config.steps):
                 if jax.process_count() > 1:

@@ -107,22 +107,25 @@ def _interleaved(x: Array, parts: int) -> Array:
 def make_evaluation(objective: Objective) -> Callable[..., dict[str, Array]]:
     """``evaluate(trained, frozen, batch, key)``: mean losses of a batch with fixed draws.
 
-    Beside the loss it tells by how much it grows with somebody else's embedding, and with somebody else's keypoints: the
-    two signals that show identity and pose being learned long before pictures do. Neighbours in the batch are exchanged.
+    Beside the loss it tells by how much the plain loss grows with somebody else's embedding, and with somebody else's keypoints:
+    the two signals that show identity and pose being learned long before pictures do. Neighbours in the batch are exchanged. The
+    identity loss takes no part in them: the embedding is its target too, so it would grow before anything is learned.
     """
 
     def evaluate(trained: Tree, frozen: Tree, batch: Mapping[str, Array], key: Array) -> dict[str, Array]:
         draws, parameters = draw(objective, key, batch), merge(trained, frozen)
 
-        def mean(changed: Mapping[str, Array]) -> Array:
-            return jnp.mean(per_sample(objective, parameters, dict(batch) | dict(changed), draws).loss)
+        right = per_sample(objective, parameters, batch, draws)
 
-        out = {"loss": mean({})}
-        stage = objective.stage
+        def gap(name: str) -> Array:
+            changed = dict(batch) | {name: jnp.roll(batch[name], 1, axis=0)}
+            return jnp.mean(per_sample(objective, parameters, changed, draws).plain - right.plain)
+
+        out, stage = {"loss": jnp.mean(right.loss)}, objective.stage
         if "resampler" in stage.networks:
-            out["wrong_person_gap"] = mean({"embedding": jnp.roll(batch["embedding"], 1, axis=0)}) - out["loss"]
+            out["wrong_person_gap"] = gap("embedding")
         if "identitynet" in stage.networks and "keypoint_image" in batch:
-            out["wrong_pose_gap"] = mean({"keypoint_image": jnp.roll(batch["keypoint_image"], 1, axis=0)}) - out["loss"]
+            out["wrong_pose_gap"] = gap("keypoint_image")
         return out
 
     return evaluate

@@ -273,6 +273,15 @@ def test_what_is_told(make_run):
     assert {best, 2, 3} == {int(p.name) for p in (run.out / "checkpoints").iterdir()}
 
 
+def test_of_a_gap_the_largest_is_the_best(make_run):
+    run = make_run(steps=4, validation__every=1, checkpoint__every=1, checkpoint__keep=1, checkpoint__keep_best=1)
+    run.config = dataclasses.replace(run.config, checkpoint=dataclasses.replace(run.config.checkpoint, metric="validation/wrong_pose_gap"))
+    gaps = iter([0.1, 0.3, 0.2, 0.0])
+    run.validate = lambda: {"loss": 1.0, "wrong_pose_gap": next(gaps)}
+    train(run)
+    assert {2, 4} == {int(p.name) for p in (run.out / "checkpoints").iterdir()}
+
+
 def test_nothing_is_told_between_the_lines(make_run, capsys):
     run = make_run(steps=5, log__every=2)
     train(run)

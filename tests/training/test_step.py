@@ -160,3 +160,17 @@ def test_evaluation_tells_what_the_wrong_person_and_the_wrong_pose_cost():
     base = dataclasses.replace(StageConfig(), identitynet=False, adapter=False)
     objective, weights, _ = fakes.objective(stage=base)
     assert make_evaluation(objective)({}, weights, batch, fakes.key()).keys() == {"loss"}
+
+
+def test_who_ignores_the_face_has_no_gap_whatever_the_identity_loss():
+    """The embedding is the identity loss's target too: another one must not look like something that was learned."""
+    objective, weights, _ = fakes.objective(loss=LossConfig(identity_weight=0.5), stage=StageConfig())
+
+    class Blind(fakes.FakeUNet):
+        def __call__(self, sample, time, context, added, *, identity, residuals):
+            return sample * 0
+
+    objective.networks["unet"].bind = lambda w: Blind(w, {})
+    trained, frozen = split(weights, StageConfig())
+    told = make_evaluation(objective)(trained, frozen, fakes.batch(), fakes.key())
+    assert told["wrong_person_gap"] == told["wrong_pose_gap"] == 0 and told["loss"] > 0
