@@ -1,7 +1,7 @@
 """Watch identity being learned, within half an hour on two CPU cores.
 
 InstantID's fourth stage (`configs/portraits.py`) from its beginning, against the base that comes along: validation tells every 100
-steps by how much the loss grows with somebody else's keypoints (wrong_pose_gap) and with somebody else's face (wrong_person_gap).
+steps by how much the plain loss grows with somebody else's keypoints (wrong_pose_gap) and with somebody else's face (wrong_person_gap).
 
     python train.py --config configs/portraits_quick.py && python -m instantid_jax.training.curves runs/portraits_quick
 """

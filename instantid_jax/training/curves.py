@@ -2,7 +2,7 @@
 
     python -m instantid_jax.training.curves runs/portraits_quick
 
-writes RUN/curves.png. One panel a quantity; the gaps say by how much the loss grows with the wrong person and the wrong pose.
+writes RUN/curves.png. One panel a quantity; the gaps say by how much the plain loss grows with the wrong person and the wrong pose.
 """
 
 from __future__ import annotations
