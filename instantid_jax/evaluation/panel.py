@@ -24,6 +24,8 @@ REFERENCE_SIZE = 128
 REFERENCE_VIEWS, TARGET_VIEW = (0, 2, 3, 4), 1
 MOST_REFERENCES = len(REFERENCE_VIEWS)
 _FIT_SEEDS = range(1000, 2000)  # the validation people: neither trained on nor judged
+FIRST = {"test": 0, "validation": 1500}
+"""Identity seed of the first person of a split; validation people are for choosing, and lie beyond those whom the text judge is fitted on."""
 _FIT_PHOTOS, _FIT_OTHERS = 400, 100  # renders to fit on, in the photo style and in each other
 
 
@@ -63,11 +65,18 @@ class Panel:
         return len(self.seeds)
 
 
-def make_panel(world: PortraitWorld, people: int, analyzer: FaceAnalyzer) -> Panel:
-    """The first so many test people. Raises `PanelError` where there are not so many, and `FaceError` for a reference without a face."""
-    if people < 2 or world.split(people - 1) != "test":
-        raise PanelError(f"an evaluation needs 2 to {_FIT_SEEDS.start} people, got {people}")
-    rows = [_person(world, seed, analyzer) for seed in range(people)]
+def make_panel(world: PortraitWorld, people: int, analyzer: FaceAnalyzer, split: str = "test") -> Panel:
+    """The first so many people of a split, "test" or "validation".
+
+    Raises:
+        PanelError: there are not so many.
+        FaceError: a reference shows no face.
+    """
+    first = FIRST[split]
+    most = {"test": _FIT_SEEDS.start, "validation": _FIT_SEEDS.stop - first}[split]
+    if not 2 <= people <= most:
+        raise PanelError(f"an evaluation needs 2 to {most} {split} people, got {people}")
+    rows = [_person(world, seed, analyzer) for seed in range(first, first + people)]
     arrays = ("seeds", "references", "reference_keypoints", "embeddings", "keypoints", "targets", "styled_targets")
     texts = ("prompts", "backgrounds", "hairs", "styles", "styled_prompts")
     columns: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in arrays}
@@ -78,7 +87,7 @@ def make_panel(world: PortraitWorld, people: int, analyzer: FaceAnalyzer) -> Pan
 def _person(world: PortraitWorld, seed: int, analyzer: FaceAnalyzer) -> dict[str, Any]:
     person = world.identity(seed)
     photos = [world.render(person, _view(world, person, number), REFERENCE_SIZE).image for number in REFERENCE_VIEWS]
-    faces = [analyze_photo(analyzer, photo, name=f"reference of test person {seed}", on_several="largest") for photo in photos]
+    faces = [analyze_photo(analyzer, photo, name=f"reference of person {seed}", on_several="largest") for photo in photos]
     asked = _view(world, person, TARGET_VIEW)
     target = world.render(person, asked)
     styled = dataclasses.replace(asked, style=STYLES[seed % len(STYLES)])

@@ -13,7 +13,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ from instantid_jax.defaults import NOTICE, default_pipeline
 from instantid_jax.evaluation.faces import Examiner
 from instantid_jax.evaluation.generate import Painter, Sampling
 from instantid_jax.evaluation.judges import load_judge
-from instantid_jax.evaluation.panel import Panel, fit_text_judge, make_panel
+from instantid_jax.evaluation.panel import FIRST, Panel, fit_text_judge, make_panel
 from instantid_jax.evaluation.report import contact_sheet, flatten, markdown
 from instantid_jax.evaluation.store import Store
 from instantid_jax.evaluation.suite import ARMS, BASE, MAIN, TARGETS, ArmResult, Bench, check_arms
@@ -46,7 +46,9 @@ class Settings:
     weights: Path | None = None
     """Folder of weights that the pipeline loads; without it the model that sample.py draws with by default."""
     identities: int = 100
-    """How many test people, at most 1000."""
+    """How many people, at most 1000 of test, 500 of validation."""
+    split: Literal["test", "validation"] = "test"
+    """Whom to draw: choose settings and checkpoints on validation, and report on test."""
     out: Path | None = None
     """Folder for the results and the cache; needed unless --real-only."""
     judge: str = "dlib"
@@ -108,7 +110,7 @@ def run(s: Settings) -> dict[str, Any]:
 
 def _bench(s: Settings, analyzer_name: str, world: PortraitWorld, store: Store) -> Bench:
     judge, analyzer = load_judge(s.judge), load_analyzer(analyzer_name)
-    panel = make_panel(world, s.identities, analyzer)
+    panel = make_panel(world, s.identities, analyzer, s.split)
     return Bench(panel, Examiner(analyzer, judge, store), fit_text_judge(world, store))
 
 
@@ -127,7 +129,8 @@ def _result(s: Settings, bench: Bench, painter: Painter, results: dict[str, ArmR
     main_figures = results[MAIN].figures
     settings = {name: value for name, value in dataclasses.asdict(s).items() if name not in ("weights", "out", "real_only", "arms", "batch")}
     settings |= {"size": painter.sampling.size, "judge": bench.judge, "conditioned_by": bench.conditioner, "weights_sha256": painter.weights}
-    settings |= {"test_seeds": [0, s.identities - 1], "instantid_jax": __version__, "jax": jax.__version__}
+    first = FIRST[s.split]
+    settings |= {"identity_seeds": [first, first + s.identities - 1], "instantid_jax": __version__, "jax": jax.__version__}
     return {
         **flatten(main_figures),
         "targets": [{"target": text, "met": bool(met(main_figures))} for text, met in TARGETS],

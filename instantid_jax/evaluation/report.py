@@ -70,7 +70,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     grid = [[f"IdentityNet {i:g}", *(_cell(arms.get(name, {}), "gap_ratio") for name in (_grid_name(i, a) for a in _STRENGTHS))] for i in _STRENGTHS]
     targets = [[t["target"], "met" if t["met"] else "missed"] for t in result["targets"]]
     about = (
-        f"{settings['identities']} test people, judge {settings['judge']}, {settings['steps']} steps of {settings['sampler']}, "
+        f"{settings['identities']} {settings['split']} people, judge {settings['judge']}, {settings['steps']} steps of {settings['sampler']}, "
         f"guidance {settings['guidance_scale']:g}, full strengths {settings['identitynet_scale']:g} (IdentityNet) and "
         f"{settings['adapter_scale']:g} (adapter), {settings['size']} pixels. In brackets: 95 % confidence intervals over people."
     )

@@ -22,6 +22,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "loss.timestep_bias_factor": (0, math.inf),
     "loss.face_weight": (0, math.inf),
     "loss.identity_weight": (0, math.inf),
+    "loss.identity_power": (0, math.inf),
     "loss.kl_weight": (0, math.inf),
     "loss.gradient_weight": (0, math.inf),
     "loss.crop": (1, math.inf),

@@ -107,7 +107,10 @@ class LossConfig:
     """Extra weight of the loss inside the face box; 0 is none."""
     identity_weight: float = 0.0
     """Beyond the paper: weight of 1 - cos between the embedding that a small frozen recogniser reads in the predicted clean latent and the
-    reference's, times abar_t (a prediction from pure noise shows no face). Needs trained "recognizer" weights."""
+    reference's, times alpha_t^`identity_power` (a prediction from pure noise shows no face). Needs trained "recognizer" weights."""
+    identity_power: float = 2.0
+    """How fast the identity loss fades with noise: 2 counts by the picture's share of the variance, 1 by its share of the amplitude,
+    which asks more of the high noise levels, where the shape of a face is decided."""
     kl_weight: float = 1e-9
     """Autoencoder: weight of the KL divergence, summed over a picture's latents, beside errors that are means over its pixels."""
     gradient_weight: float = 0.5

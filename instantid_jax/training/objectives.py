@@ -145,7 +145,8 @@ def _denoise(objective: Objective, parameters: Parameters, batch: Batch, draws: 
     if config.identity_weight:
         predicted = parameterization.x0(kind, noisy, output, alpha, sigma)
         read = objective.networks["recognizer"].bind(parameters["recognizer"])(predicted)
-        weighted += config.identity_weight * jnp.square(alpha[:, 0, 0, 0]) * (1 - cosine(read, batch["embedding"]))
+        seen = alpha[:, 0, 0, 0] ** config.identity_power
+        weighted += config.identity_weight * seen * (1 - cosine(read, batch["embedding"]))
     return PerSample(weighted, plain, time / model.scheduler.num_train_timesteps)
 
 

@@ -122,16 +122,16 @@ def test_the_face_weighs_more_by_the_share_of_a_latent_pixel_that_it_covers():
     np.testing.assert_allclose(rows_of.loss, (error * mask).sum((1, 2, 3)) / (mask.sum((1, 2, 3)) * 4), rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_identity_loss_reads_the_predicted_clean_latent(kind):
-    batch, draws, rows, _ = evaluate(LossConfig(identity_weight=0.7), prediction_type=kind)
+@pytest.mark.parametrize(("kind", "power"), [("epsilon", 2.0), ("v_prediction", 2.0), ("epsilon", 1.0)])
+def test_identity_loss_reads_the_predicted_clean_latent(kind, power):
+    batch, draws, rows, _ = evaluate(LossConfig(identity_weight=0.7, identity_power=power), prediction_type=kind)
     _, noisy, alpha, sigma = noised(batch, draws)
     output = 0.5 * noisy + 0.1
     predicted = (noisy - sigma * output) / alpha if kind == "epsilon" else alpha * noisy - sigma * output
     read = predicted.mean((1, 2)) @ np.random.default_rng(5).normal(size=(4, 16))
     e = batch["embedding"]
     similarity = (read * e).sum(-1) / np.linalg.norm(read, axis=-1) / np.linalg.norm(e, axis=-1)
-    wanted = rows.plain + 0.7 * alpha[:, 0, 0, 0] ** 2 * (1 - similarity)
+    wanted = rows.plain + 0.7 * alpha[:, 0, 0, 0] ** power * (1 - similarity)
     np.testing.assert_allclose(rows.loss, wanted, rtol=1e-4)
 
 
