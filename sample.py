@@ -23,7 +23,8 @@ from instantid_jax import __version__
 from instantid_jax.defaults import DEFAULT_WEIGHTS, NOTICE, default_config, default_pipeline, framed
 from instantid_jax.demo import count_people, draw_people, save_sheet
 from instantid_jax.face import FaceError, Identity, load_analyzer, load_photo
-from instantid_jax.output import check_folder, save_run, weights_digest
+from instantid_jax.options import check_folder, status_of, wrong_options
+from instantid_jax.output import save_run, weights_digest
 from instantid_jax.pipeline import InstantIDPipeline, check_call, read_config
 from instantid_jax.progress import CompileSeconds, StepBar
 from instantid_jax.references import check_files, keypoint_picture, read_identity, read_mask
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except (ValueError, OSError) as error:
         print(f"sample.py: {in_options(str(error))}", file=sys.stderr)
-        return 1
+        return status_of(error)
     except (MemoryError, JaxRuntimeError) as error:
         if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -56,13 +57,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(given: SampleOptions) -> list[Path]:
     """Photo to pictures: first everything that can be checked or fails quickly, then the weights. One clear sentence for what is wrong."""
-    given.check()
-    s = given.filled()
+    with wrong_options():
+        given.check()
+        s = given.filled()
+        call = s.call()
     check_files([*s.face, *s.control_image, *filter(None, (s.pose, s.control_mask))])
     check_folder(s.out)
     config = default_config() if s.weights is None else read_config(s.weights)
-    call = s.call()
-    request = check_call(config, nets=1 + len(s.controlnet), **call)
+    with wrong_options():
+        request = check_call(config, nets=1 + len(s.controlnet), **call)
     analyzer = functools.cache(lambda: load_analyzer(s.analyzer or config.face_analyzer, s.analyzer_root))
     try:
         pose = read_identity((s.pose,), analyzer, face_index=s.pose_face_index) if s.pose else None

@@ -2,7 +2,8 @@
 
 A recipe is a file in configs/; options change single fields of it: python train.py --config configs/instantid.py --steps 1000
 A run that was stopped goes on with the same command.
-Exit status: 0 finished, 75 stopped by a signal with its state saved, 1 an error, 2 a wrong option.
+Exit status: 0 finished, 75 stopped by a signal with its state saved, 1 an error, 2 an option that is missing,
+unknown, out of its range, or does not go with another.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from typing import Annotated, Literal
 import tyro
 
 try:
+    from instantid_jax.options import OptionError, check_folder, status_of, wrong_options
     from instantid_jax.parallel.distributed import is_main, join, synchronize
+    from instantid_jax.training.checks import prepared_folder
     from instantid_jax.training.config import TrainConfig
     from instantid_jax.training.loop import BadSteps, Run, noted_signals, train
     from instantid_jax.training.plan import dry_run, explain_sharding
     from instantid_jax.training.recipes import load_recipe
+    from instantid_jax.training.state import check_start
 except ModuleNotFoundError as missing:
     raise SystemExit(f'train.py: {missing.name} is not installed; training needs: pip install -e ".[train]"') from missing
 
@@ -60,23 +64,28 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         default = Command(load_recipe(chosen.config))
         about = f"{__doc__}\nOptions of {chosen.config}, with its values as defaults; --config FILE names another recipe."
-        command = tyro.cli(Command, default=default, args=rest, description=about, config=(tyro.conf.AvoidSubcommands,))
+        with wrong_options():
+            command = tyro.cli(Command, default=default, args=rest, description=about, config=(tyro.conf.AvoidSubcommands,))
         return run(command)
     except (ValueError, OSError, BadSteps) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return 1
+        return status_of(error)
 
 
 def run(command: Command) -> int:
     """Plans or trains. Raises ValueError, OSError or BadSteps with one clear message."""
     if command.distributed:
         join(command.coordinator, command.processes, command.process)
+    elif (command.coordinator, command.processes, command.process) != (None, None, None):
+        raise OptionError("--coordinator, --processes and --process go with --distributed")
     if command.explain_sharding:
         print(explain_sharding(command.recipe))
         return 0
     if command.dry_run:
         print(dry_run(command.recipe))
         return 0
+    check_start(command.recipe.networks, command.recipe.init)
+    check_folder(Path(command.recipe.out))
     prepare_data(command.recipe)
     with noted_signals() as stopping:
         return train(Run(command.recipe), resume_step=command.resume_step, damaged=command.resume_damaged, stopping=stopping)
@@ -86,12 +95,11 @@ def prepare_data(config: TrainConfig) -> None:
     """Makes the data sets that are missing, by the recipe's own commands. Raises ValueError where that fails."""
     if is_main():
         for line in config.prepare:
-            arguments = shlex.split(line)
-            if not Path(arguments[arguments.index("--out") + 1]).exists():
+            if not prepared_folder(line).exists():
                 from instantid_jax.data.prepare import main as prepare  # needs more packages than training does
 
                 print(f"preparing data: {line}", flush=True)
-                if prepare(arguments):
+                if prepare(shlex.split(line)):
                     raise ValueError(f"the data could not be prepared by: python -m instantid_jax.data.prepare {line}")
     synchronize("data")
 

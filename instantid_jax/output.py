@@ -23,7 +23,6 @@ from PIL.PngImagePlugin import PngInfo
 from instantid_jax.face import load_photo
 
 __all__ = [
-    "check_folder",
     "contact_sheet",
     "free_path",
     "parameters_text",
@@ -109,17 +108,6 @@ def weights_digest(folder: Path) -> dict[str, str]:
         if (folder / name).is_file():
             return {"weights_sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()}
     return {}
-
-
-def check_folder(out: Path) -> None:
-    """Raises ValueError where no folder `out` can be made or written to; makes nothing."""
-    place = out.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise ValueError(f"--out {out}: {'it' if place == out.absolute() else place} is a file; name a folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {out}: {place} cannot be written to; name another folder")
 
 
 def save_run(

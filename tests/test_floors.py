@@ -23,7 +23,7 @@ FLOORS = (
     (r"instantid_jax\.data\.(drawing|transforms|inputs|filters|loader|portrait.*|builder|preparation)", 3),
     (r"instantid_jax\.(nn|face|text|data)(\..+)?|instantid_jax\.progress", 2),
     (r"instantid_jax\.diffusion(\..+)?", 1),
-    (r"instantid_jax(\.(config|paths|published))?", 0),
+    (r"instantid_jax(\.(config|options|paths|published))?", 0),
 )
 
 # (modules, what they do not import). Submodules of what is named are meant too.

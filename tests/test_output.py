@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from instantid_jax.output import check_folder, contact_sheet, parameters_text, read_settings, save_png, save_run
+from instantid_jax.output import contact_sheet, parameters_text, read_settings, save_png, save_run
 
 SETTINGS = {
     "prompt": "a (cat:1.2)\nin snow, ünï",
@@ -75,15 +75,6 @@ def test_a_run_names_pictures_by_seed_and_hides_folders(tmp_path: Path) -> None:
     with Image.open(paths[2]) as sheet:  # photo, pose, keypoints, two pictures: two rows of three
         assert sheet.size == (3 * 396 + 12, 2 * 418 + 12)
         assert sheet.getpixel((12 + 192, 12 + 192)) == (0, 0, 254) and sheet.getpixel((12 + 396 + 192, 12 + 192)) == (0, 128, 0)
-
-
-def test_a_folder_that_cannot_be_is_refused_and_none_is_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ValueError, match="is a file; name a folder"):
-            check_folder(out)
-    check_folder(tmp_path / "new" / "folder")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_contact_sheet_holds_every_picture() -> None:

@@ -29,7 +29,7 @@ from instantid_jax.models import Network, build_networks
 from instantid_jax.paths import flatten
 from instantid_jax.text import Tokenizer
 
-__all__ = ["CacheConfig", "CacheJob", "LatentEncoder", "TextEncoder", "cache", "load_encoders"]
+__all__ = ["CacheConfig", "CacheJob", "LatentEncoder", "TextEncoder", "cache", "load_encoders", "read_model"]
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,18 @@ class TextEncoder:
         return states, np.asarray(outputs[-1].pooled, np.float32)
 
 
+def read_model(weights: str | Path) -> ModelConfig:
+    """What model a folder of converted weights is of. Raises `DataError` where it is none."""
+    file = Path(weights) / "config.json"
+    if not file.is_file():
+        raise DataError(f"{weights}: is not a folder of converted weights (no config.json); make one with `python -m convert_weights import`")
+    return from_json(ModelConfig, file.read_text())
+
+
 def load_encoders(weights: str | Path, text: bool, dtype: str = "float32") -> tuple[LatentEncoder, TextEncoder | None]:
     """The encoders out of a folder of converted weights; those of text on request. Raises `DataError` where it is none."""
     folder = Path(weights)
-    if not (folder / "config.json").is_file():
-        raise DataError(f"{folder}: is not a folder of converted weights (no config.json); make one with `python -m convert_weights import`")
-    networks = build_networks(from_json(ModelConfig, (folder / "config.json").read_text()))
+    networks = build_networks(read_model(folder))
 
     def parameters(name: str) -> Any:
         return networks[name].from_disk(load_weights(folder / name, dtype=dtype), name)

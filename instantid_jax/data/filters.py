@@ -24,6 +24,7 @@ from instantid_jax.face.analyzer import Face, FaceAnalyzer
 from instantid_jax.face.errors import FaceError
 from instantid_jax.face.identity import check_embedding, examine_photo, largest_face
 from instantid_jax.face.keypoints import keypoints_outside
+from instantid_jax.options import Range
 
 __all__ = [
     "Accepted",
@@ -42,6 +43,13 @@ __all__ = [
 _BRIGHTER = 4
 _BAND = 4
 _DIFFERENT_BITS = 7
+_RANGES = {
+    "min_side": Range(0),
+    "max_faces": Range(1),
+    "min_face_share": Range(0, 1, below=True),
+    "min_det_score": Range(0, 1),
+    "min_eye_distance": Range(0),
+}
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,9 @@ class FilterConfig:
     """Whether photos without a face are tried again at other detector sizes and with borders, at up to twelve times the time."""
 
     def __post_init__(self) -> None:
-        if self.max_faces < 1 or not 0 <= self.min_face_share < 1 or not 0 <= self.min_det_score <= 1 or self.min_side < 0:
-            raise DataError(f"FilterConfig: max_faces, min_face_share, min_det_score or min_side is out of range in {self}")
+        for name, allowed in _RANGES.items():
+            if problem := allowed.problem(getattr(self, name)):
+                raise DataError(f"FilterConfig: {name} {problem}")
 
 
 @dataclass(frozen=True, eq=False)

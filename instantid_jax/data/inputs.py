@@ -9,10 +9,11 @@ Every entry of an input becomes a `Candidate` or a `Refusal`; none is passed ove
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,6 +24,8 @@ from instantid_jax.data.record import DataError, decode_array
 from instantid_jax.face.align import check_keypoints
 from instantid_jax.face.errors import FaceError
 from instantid_jax.face.identity import check_embedding
+from instantid_jax.options import OptionError
+from instantid_jax.published import did_you_mean, nearest
 
 __all__ = ["Candidate", "FolderReader", "KnownFace", "ManifestReader", "Reader", "Refusal", "WebDatasetReader", "candidate_from_fields"]
 
@@ -100,6 +103,10 @@ class Reader(Protocol):
 
 _ALIASES = {"text": "caption", "url": "source", "license": "licence", "bbox": "face_box", "landmarks5": "keypoints"}
 _STRINGS = ("caption", "caption_identity", "identity", "split", "source", "licence")
+_FACE = ("keypoints", "face_box", "det_score", "embedding", "embedder", "landmarks")
+FIELDS = frozenset((*_STRINGS, *_FACE, "labels", *_ALIASES))
+"""What `candidate_from_fields` knows."""
+_TYPO = 0.8
 
 
 def candidate_from_fields(key: str, image: bytes, fields: Mapping[str, Any], folder: epath.Path | None = None) -> Candidate:
@@ -107,7 +114,7 @@ def candidate_from_fields(key: str, image: bytes, fields: Mapping[str, Any], fol
 
     Known are the strings of `Candidate`, `labels` (an object), `keypoints` [5][2], `face_box` [4], `det_score`, `embedding` (a
     list of numbers, several such lists, or the name of a ``.npy`` file in `folder`), `embedder`, `landmarks` [n][2]; also `text`,
-    `url`, `license` and `bbox`. Others are left alone. Raises `DataError` for a value of the wrong kind.
+    `url`, `license` and `bbox`. Others are left alone; `refuse_unknown` refuses them. Raises `DataError` for a value of the wrong kind.
     """
     named = {_ALIASES.get(name, name): value for name, value in fields.items() if value is not None}
     strings = {}
@@ -123,8 +130,17 @@ def candidate_from_fields(key: str, image: bytes, fields: Mapping[str, Any], fol
     return Candidate(key, image, labels=dict(labels), landmarks=landmarks, face=_known_face(key, named, folder), **strings)
 
 
+def refuse_unknown(where: str, names: Iterable[str], known: Collection[str] = FIELDS, near: float = 0.0) -> None:
+    """Raises `DataError` for the first of `names` that is no field, naming the most alike; with `near`, only where one is so alike."""
+    for name in names:
+        if name not in known and (not near or nearest(name, known, near)):
+            raise DataError(f"{where}: there is no field {name!r}{did_you_mean(name, known) or '; labels may hold anything else'}")
+
+
 def _known_face(key: str, named: Mapping[str, Any], folder: epath.Path | None) -> KnownFace | None:
     if "keypoints" not in named:
+        if "embedding" in named:
+            raise DataError(f"{key}: has an embedding but no keypoints, which say whose it is; give both, or neither")
         return None
     embeddings = None
     if "embedding" in named:
@@ -184,7 +200,7 @@ class FolderReader:
         """Up to 256 file names, relative to the folder, in sorted order."""
         root = epath.Path(self.folder)
         if not root.is_dir():
-            raise DataError(f"{self.folder}: there is no such folder")
+            raise DataError(f"{self.folder}: {'is a file; name a folder' if root.exists() else 'there is no such folder'}")
         chunk: list[str] = []
         for name in _walk(root, ""):
             chunk.append(name)
@@ -228,7 +244,9 @@ def _sidecars(picture: epath.Path) -> dict[str, Any]:
     if text.exists():
         fields["caption"] = _decode_text(text.read_bytes(), text.name)
     if data.exists():
-        fields |= _decode_json(data.read_bytes(), data.name)
+        row = _decode_json(data.read_bytes(), data.name)
+        refuse_unknown(data.name, row, near=_TYPO)  # programs that download write other fields of their own
+        fields |= row
     return fields
 
 
@@ -249,6 +267,9 @@ def _decode_json(data: bytes, name: str) -> dict[str, Any]:
     return value
 
 
+_ROW = FIELDS | {"image", "key"}
+
+
 @dataclass(frozen=True)
 class ManifestReader:
     """A JSON-lines file with one object a picture: `image` (a path, relative to the file) and fields as `candidate_from_fields` says.
@@ -261,15 +282,37 @@ class ManifestReader:
     """Fields under other names, as (name in the file, name here)."""
     source: str = ""
     licence: str = ""
+    ignore: tuple[str, ...] = ()
+    """Names of fields in the file that are passed over."""
+
+    def __post_init__(self) -> None:
+        for _, name in self.rename:
+            if name not in _ROW:
+                raise OptionError(f"--rename to {name!r}: there is no such field{did_you_mean(name, _ROW)}")
 
     def shards(self, split: str | None = None) -> Iterator[tuple[int, int]]:
-        """Byte ranges; a line belongs to the range in which it begins."""
+        """Byte ranges; a line belongs to the range in which it begins. Raises `DataError` for what is no file."""
         path = epath.Path(self.manifest)
         if not path.exists():
             raise DataError(f"{self.manifest}: there is no such file")
+        if path.is_dir():
+            raise DataError(f"{self.manifest}: is a folder; name a file of JSON lines")
+        self._check_renamed(path)
         length = path.stat().length
         for start in range(0, length, _CHUNK_BYTES):
             yield start, min(start + _CHUNK_BYTES, length)
+
+    def _check_renamed(self, path: epath.Path) -> None:
+        """Raises `OptionError` for a name to change that no row at the file's beginning has."""
+        missing, seen = {name for name, _ in self.rename}, set()
+        with path.open("rb") as file:
+            while missing and file.tell() < _CHUNK_BYTES and (line := file.readline()):
+                with contextlib.suppress(DataError):  # such a row is refused when its turn comes
+                    seen |= _decode_json(line, path.name).keys()
+                missing -= seen
+        if missing:
+            name = sorted(missing)[0]
+            raise OptionError(f"--rename from {name!r}: no row at the beginning of {path.name} has this field{did_you_mean(name, seen)}")
 
     def read(self, shard: tuple[int, int], /) -> Iterator[Entry]:
         """See `Reader.read`."""
@@ -288,13 +331,15 @@ class ManifestReader:
         try:
             row = _decode_json(line, where)
             names = dict(self.rename)
-            fields = {"source": self.source, "licence": self.licence} | {names.get(name, name): value for name, value in row.items()}
+            row = {names.get(name, name): value for name, value in row.items() if name not in self.ignore}
+            fields = {"source": self.source, "licence": self.licence} | row
             image = fields.get("image")
             if not isinstance(image, str) or not image:
                 raise DataError(f"{where}: has no `image`, the path of a picture")
             key = fields.get("key") or image
             if not isinstance(key, str):
                 raise DataError(f"{where}: key must be a string, got {key!r}")
+            refuse_unknown(key, row, _ROW)
             fields["source"] = fields["source"] or image
             return candidate_from_fields(key, (folder / image).read_bytes(), fields, folder)
         except DataError as error:

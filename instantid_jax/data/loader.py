@@ -38,6 +38,7 @@ from instantid_jax.data.order import BatchOrder, Buckets, pick, uniform
 from instantid_jax.data.record import DataError, Record, View
 from instantid_jax.data.sources import RecordSource, SameIdentity
 from instantid_jax.data.transforms import assign_buckets, choose_view, decode_photo, move_box, move_points, render_view, time_ids
+from instantid_jax.options import Range
 
 __all__ = ["BatchIterator", "LoaderConfig", "make_loader"]
 
@@ -46,6 +47,17 @@ Batch = dict[str, Any]
 STYLES = ("five", "dense", "none")
 _END = 1 << 52  # positions that exist: more than any run reaches
 _DROP, _CAPTION, _REFERENCE, _OTHER, _CROP_Y, _CROP_X = range(6)  # what `uniform` is drawn for
+
+
+_SHARE = Range(0, 1)
+_RANGES = {
+    **dict.fromkeys(("drop_text", "drop_identity", "drop_both", "paired_reference", "identity_caption"), _SHARE),
+    "global_batch": Range(1),
+    "resolution": Range(8),
+    "keypoint_scale": Range(0, above=True, below=True),
+    "num_threads": Range(0),
+    "prefetch": Range(0),
+}
 
 
 class Encoder(Protocol):
@@ -93,16 +105,13 @@ class LoaderConfig:
     """Batches that are made ahead; at least one a thread."""
 
     def __post_init__(self) -> None:
-        rates = {name: getattr(self, name) for name in ("drop_text", "drop_identity", "drop_both", "paired_reference", "identity_caption")}
-        for name, rate in rates.items():
-            if not 0 <= rate <= 1:
-                raise DataError(f"LoaderConfig: {name} is a share between 0 and 1, got {rate}")
+        for name, allowed in _RANGES.items():
+            if problem := allowed.problem(getattr(self, name)):
+                raise DataError(f"LoaderConfig: {name} {problem}")
         if self.drop_text + self.drop_identity + self.drop_both > 1 + 1e-9:
             raise DataError("LoaderConfig: drop_text, drop_identity and drop_both exclude each other, so they must sum to at most 1")
         if self.keypoint_style not in STYLES:
             raise DataError(f"LoaderConfig: keypoint_style is one of {', '.join(STYLES)}, got {self.keypoint_style!r}")
-        if self.global_batch < 1 or self.resolution < 8 or self.keypoint_scale <= 0 or self.num_threads < 0 or self.prefetch < 0:
-            raise DataError(f"LoaderConfig: global_batch, resolution, keypoint_scale, num_threads or prefetch is out of range in {self}")
         if self.cached_text and self.identity_caption:
             raise DataError("LoaderConfig: cached text is of the plain caption, so identity_caption must be 0 with cached_text")
 
@@ -308,7 +317,7 @@ class BatchIterator(grain.DatasetIterator):
     def _go_to(self, position: int) -> None:
         batch = self._samples.config.global_batch
         if position < 0 or position % batch:
-            raise DataError(f"a loader starts at a multiple of the global batch of {batch}, not at position {position}")
+            raise DataError(f"start_position must be a multiple of the global batch of {batch} and at least 0, got {position}")
         if self._inner is not None:
             self._inner.close()
             self._inner = None
@@ -337,9 +346,8 @@ def make_loader(
 
     Raises `DataError` where the global batch does not divide among the processes, or the source does not have what `config` asks for.
     """
-    if not 0 <= process_index < process_count or config.global_batch % process_count:
-        raise DataError(
-            f"a global batch of {config.global_batch} cannot be made by process {process_index} of {process_count}; "
-            "it must divide evenly, and processes are counted from 0"
-        )
+    if not 0 <= process_index < process_count:
+        raise DataError(f"process_index must be at least 0 and below the {process_count} processes, got {process_index}")
+    if config.global_batch % process_count:
+        raise DataError(f"global_batch must be a multiple of the {process_count} processes, got {config.global_batch}")
     return BatchIterator(_Samples(source, config, tokenizers), process_index, process_count, start_position)

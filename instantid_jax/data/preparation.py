@@ -23,7 +23,7 @@ from instantid_jax.data.inputs import Candidate, Reader, Refusal
 from instantid_jax.data.record import DataError, Record
 from instantid_jax.data.sources import DatasetSource
 
-__all__ = ["PrepareJob", "Report", "ordered_map", "prepare"]
+__all__ = ["EmptySplit", "PrepareJob", "Report", "ordered_map", "prepare"]
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -60,6 +60,14 @@ class Report:
         return [f"{n:>12,}  {n / total:>6.1%}  {name}" for name, n in rows]
 
 
+class EmptySplit(DataError):
+    """A split without a record; `lines` are the account up to it, as of `Report.lines`."""
+
+    def __init__(self, message: str, lines: list[str]) -> None:
+        super().__init__(message)
+        self.lines = lines
+
+
 class PrepareJob:
     """A reader's entries through an examiner; a `builder.Job`.
 
@@ -78,6 +86,7 @@ class PrepareJob:
         self.quarantine.mkdir(parents=True, exist_ok=True)
         self._inputs = 0
         self._codes: collections.Counter[str] = collections.Counter()
+        self._written: dict[str, int] = {}
         self._began = self._told = time.monotonic()
         first = FirstSeen(self.examiner.config.duplicates)
         return {split: self._split_records(split, first) for split in self.examiner.splits}
@@ -94,9 +103,11 @@ class PrepareJob:
                 else:
                     written += 1
                     yield verdict.record
+        self._written[split] = written
         if not written:
             reasons = ", ".join(f"{code} {n}" for code, n in self._codes.most_common()) or "there was no input"
-            raise DataError(f"no input became a record of the split {split!r} ({reasons}); {self.quarantine} names each")
+            so_far = Report(self._inputs, self._written, dict(self._codes), "", str(self.quarantine))
+            raise EmptySplit(f"no input became a record of the split {split!r} ({reasons}); {self.quarantine} names each", so_far.lines())
 
     def _report(self, split: str) -> None:
         now = time.monotonic()

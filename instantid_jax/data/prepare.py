@@ -24,12 +24,14 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
+from instantid_jax.data.builder import is_remote
 from instantid_jax.data.filters import Examiner, FilterConfig
 from instantid_jax.data.inputs import FolderReader, ManifestReader, Reader, WebDatasetReader
 from instantid_jax.data.record import DataError
 from instantid_jax.data.sources import RecordSource, splits_of
 from instantid_jax.data.transforms import aspect_buckets, assign_buckets
 from instantid_jax.face.analyzer import load_analyzer
+from instantid_jax.options import OptionError, Range, check_command, check_folder, check_options, status_of, wrong_options
 
 __all__ = ["main"]
 
@@ -64,17 +66,23 @@ class _Preparing:
 
     def prepare(self, reader: Reader, filters: FilterConfig, splits: tuple[str, ...], holdout: float) -> int:
         """Runs, prints the account, and returns the exit status."""
-        from instantid_jax.data.preparation import prepare
+        from instantid_jax.data.preparation import EmptySplit, prepare
 
+        if not is_remote(self.out):
+            check_folder(Path(self.out))
         start = time.monotonic()
         make = functools.partial(load_analyzer, self.analyzer, self.analyzer_root)
         make()  # a missing model is one sentence now, not a refusal of every input later
         examiner = Examiner(filters, make, self.embedding_scale, splits, holdout)
-        report = prepare(
-            reader, examiner, self.out, workers=self.workers, num_shards=self.num_shards,
-            beam_runner=self.beam_runner, beam_options=[f"--{option}" for option in self.beam_options], index=self.index,
-            tell=lambda line: print(line, file=sys.stderr, flush=True),
-        )  # fmt: skip
+        try:
+            report = prepare(
+                reader, examiner, self.out, workers=self.workers, num_shards=self.num_shards,
+                beam_runner=self.beam_runner, beam_options=[f"--{option}" for option in self.beam_options], index=self.index,
+                tell=lambda line: print(line, file=sys.stderr, flush=True),
+            )  # fmt: skip
+        except EmptySplit as error:
+            _print(error.lines)
+            raise
         _print([*report.lines(), f"{report.dataset} written in {time.monotonic() - start:.1f} s"])
         return 0
 
@@ -121,12 +129,14 @@ class Manifest(_Photos):
     """The file."""
     rename: tuple[tuple[str, str], ...] = ()
     """Fields that have other names: pairs of the name in the file and the name here."""
+    ignore: tuple[str, ...] = ()
+    """Fields that are passed over; any other that is unknown is refused."""
     source: str = ""
     """Source of rows that name none."""
 
     def run(self) -> int:
         """Prepares."""
-        return self.read(ManifestReader(self.manifest, self.rename, self.source, self.licence))
+        return self.read(ManifestReader(self.manifest, self.rename, self.source, self.licence, self.ignore))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +178,8 @@ class Portraits(_Preparing):
         from instantid_jax.data.portraits import PortraitWorld
 
         people = tuple((split, count) for split, count in (("train", self.train), ("validation", self.validation), ("test", self.test)) if count)
-        reader = PortraitReader(PortraitWorld(image_size=self.image_size), people, self.views, self.embed_size, skip=self.skip)
+        with wrong_options():
+            reader = PortraitReader(PortraitWorld(image_size=self.image_size), people, self.views, self.embed_size, skip=self.skip)
         filters = FilterConfig(min_side=0, min_face_share=0.0, min_det_score=0.0, duplicates="none")
         return self.prepare(reader, filters, reader.splits, 0.0)
 
@@ -204,11 +215,16 @@ class Cache:
 
     def run(self) -> int:
         """Encodes and writes."""
-        from instantid_jax.data.cache import CacheConfig, cache, load_encoders
+        from instantid_jax.data.cache import CacheConfig, cache, load_encoders, read_model
 
+        with wrong_options():
+            sizes = aspect_buckets(self.resolution) if self.buckets else ((self.resolution, self.resolution),)
+            config = CacheConfig(sizes, self.batch, self.dtype, self.random_crop, self.keep_images, self.workers, self.part)
+        grid = read_model(self.weights).vae.downscale
+        if self.resolution % grid:
+            raise OptionError(f"--resolution must be a multiple of the autoencoder's {grid} pixels, at least {grid}, got {self.resolution}")
+        check_folder(self.out)
         start = time.monotonic()
-        sizes = aspect_buckets(self.resolution) if self.buckets else ((self.resolution, self.resolution),)
-        config = CacheConfig(sizes, self.batch, self.dtype, self.random_crop, self.keep_images, self.workers, self.part)
         folder = cache(splits_of(self.data), str(self.out), config, *load_encoders(self.weights, self.text))
         print(f"{folder} written in {time.monotonic() - start:.1f} s")
         return 0
@@ -280,6 +296,7 @@ def _describe_record(source: RecordSource, i: int) -> list[str]:
     return lines
 
 
+COMMANDS = ("folder", "manifest", "webdataset", "portraits", "cache", "index", "inspect")
 Command = (
     Annotated[Folder, tyro.conf.subcommand("folder")]
     | Annotated[Manifest, tyro.conf.subcommand("manifest")]
@@ -291,14 +308,25 @@ Command = (
 )
 
 
+_COUNTS = ("batch", "workers", "num_shards", "resolution", "image_size", "views")
+_RANGES = {
+    **{name: Range(1) for name in _COUNTS},
+    **{name: Range(0) for name in ("train", "validation", "test", "skip", "embed_size", "rows")},
+    "holdout": Range(0, 1),
+    "embedding_scale": Range(0, above=True, below=True),
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Command line; returns the exit status: 0, 2 for a wrong option, 1 for what else fails."""
+    check_command("prepare", arguments, COMMANDS)
     command = tyro.cli(Command, args=arguments, prog="python -m instantid_jax.data.prepare", description=__doc__)  # type: ignore[call-overload]
     try:
+        check_options(command, {name: allowed for name, allowed in _RANGES.items() if hasattr(command, name)})
         return command.run()
     except (DataError, OSError, ValueError, ImportError) as error:
         print(f"prepare: {error}", file=sys.stderr)
-        return 1
+        return status_of(error)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,24 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from instantid_jax.options import OptionError
+
 __all__ = ["agreed", "is_main", "join", "stacked", "synchronize", "to_host"]
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Joins the other processes. On TPU pods, Slurm and Open MPI nothing need be given; elsewhere the address ("host:port") of
     process 0, how many processes there are, and which one this is. Call it before anything else of JAX.
+    Raises `OptionError` for a part of these, ValueError where nobody is found.
     """
     if (processes is None) != (process is None) or (processes is not None and coordinator is None):
-        raise ValueError("name coordinator, number of processes and this process's number together, or none of them")
-    jax.distributed.initialize(coordinator, processes, process)
+        raise OptionError("name coordinator, number of processes and this process's number together, or none of them")
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except (ValueError, RuntimeError) as problem:
+        if processes is None:
+            raise ValueError("no TPU pod or cluster was found around this process; name coordinator, processes and process") from problem
+        raise ValueError(f"process {process} of {processes} could not join those at {coordinator} ({problem})") from problem
 
 
 def is_main() -> bool:

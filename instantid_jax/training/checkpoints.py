@@ -96,11 +96,12 @@ class Checkpoints:
         except Exception as problem:  # Orbax passes on whatever the file system or its threads raise
             raise CheckpointError(f"{what} ({_first_line(problem)}); earlier checkpoints are untouched") from problem
 
-    def restore(self, like: Any, *, step: int | None = None, damaged: str = "stop") -> Restored | None:
+    def restore(self, like: Any, *, step: int | None = None, damaged: str = "stop", last: int | None = None) -> Restored | None:
         """The newest checkpoint (or that of `step`) in the shapes and places of `like`; None where there is none.
 
         `like` is a tree of `ShapeDtypeStruct`s with shardings, which may be other than when the checkpoint was written.
         A checkpoint that cannot be read raises `CheckpointError`; with `damaged="previous"` the one before is taken.
+        One beyond step `last` is refused before it is read.
         Newer ones than the one that was taken are moved aside: the run that goes on will write those steps again.
         What is still being written counts: it is waited for.
         """
@@ -109,6 +110,10 @@ class Checkpoints:
         if step is not None and step not in steps:
             raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}")
         for number in [step] if step is not None else reversed(steps):
+            if last is not None and number > last:
+                earlier = [f"--resume-step {s}" for s in steps if s <= last][-1:]
+                ways = ", ".join([f"ask for {number} or more", *earlier, "or give another --out"])
+                raise CheckpointError(f"{self.folder} is at step {number} already, beyond the {last} steps asked for: {ways}")
             try:
                 found = self._read(number, like)
             except _Damaged as problem:

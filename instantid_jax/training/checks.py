@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
+import re
+import shlex
 import typing
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
+from instantid_jax.options import Range
 from instantid_jax.published import ConfigError, did_you_mean
 
-__all__ = ["check_choices", "check_ranges"]
+__all__ = ["check_choices", "check_patterns", "check_ranges", "prepared_folder"]
 
 # Fields by where they lie: (smallest, largest value). None as a value is always allowed where the field allows it.
 RANGES: dict[str, tuple[float, float]] = {
@@ -72,6 +78,27 @@ def check_ranges(config: Any, where: str) -> None:
         value = config
         for name in path.split("."):
             value = getattr(value, name)
-        if value is not None and not low <= value <= high:
-            limit = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise ConfigError(f"{where}: {path} must be {limit}, got {value}")
+        if value is not None and (problem := Range(low, high).problem(value)):
+            raise ConfigError(f"{where}: {path} {problem}")
+
+
+def check_patterns(where: str, patterns: Iterable[str]) -> None:
+    """Raises `ConfigError` for the first of `patterns` that is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as problem:
+            raise ConfigError(f"{where}: {pattern!r} is no regular expression ({problem})") from problem
+
+
+def prepared_folder(line: str) -> Path:
+    """The --out folder of a line of `TrainConfig.prepare`. Raises `ConfigError` where it names none."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--out")
+    try:
+        folder = parser.parse_known_args(shlex.split(line))[0].out
+    except (argparse.ArgumentError, ValueError) as problem:
+        raise ConfigError(f"TrainConfig: prepare: the line {line!r} cannot be read ({problem})") from problem
+    if not folder:
+        raise ConfigError(f"TrainConfig: prepare: the line {line!r} needs --out and a folder")
+    return Path(folder)

@@ -13,7 +13,7 @@ from instantid_jax.config import ComputeConfig, ConfigError, ModelConfig
 from instantid_jax.data.loader import LoaderConfig
 from instantid_jax.models.recognizer import RecognizerConfig
 from instantid_jax.published import did_you_mean
-from instantid_jax.training.checks import check_choices, check_ranges
+from instantid_jax.training.checks import check_choices, check_patterns, check_ranges, prepared_folder
 
 __all__ = [
     "CheckpointConfig",
@@ -248,6 +248,16 @@ class TrainConfig:
         return (*self.stage.networks, "recognizer") if critic else self.stage.networks
 
     @property
+    def measures(self) -> tuple[str, ...]:
+        """What validation measures in this stage (`step.make_evaluation`)."""
+        found = ["loss"]
+        if "resampler" in self.stage.networks:
+            found.append("wrong_person_gap")
+        if "identitynet" in self.stage.networks and self.loader.keypoint_style != "none":
+            found.append("wrong_pose_gap")
+        return tuple(f"validation/{name}" for name in found)
+
+    @property
     def data_loader(self) -> LoaderConfig:
         """The loader's settings with the run's seed, and keypoints drawn as the model wants them."""
         return dataclasses.replace(self.loader, seed=self.seed + self.loader.seed, keypoint_scale=self.model.keypoint_scale)
@@ -255,6 +265,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_choices(self, "TrainConfig")
         check_ranges(self, "TrainConfig")
+        check_patterns("TrainConfig: stage.trainable", self.stage.trainable)
+        check_patterns("TrainConfig: optimizer.multipliers", (pattern for pattern, _ in self.optimizer.multipliers))
+        for line in self.prepare:
+            prepared_folder(line)
         self._check_init()
         self._check_parts()
         self._check_validation()
@@ -285,6 +299,11 @@ class TrainConfig:
             raise ConfigError(f"TrainConfig: loss.timestep_bias_range must lie in 0 to {total}, got {low} to {high}")
         if self.stage.objective == "reconstruct" and self.loader.cached_latents:
             raise ConfigError("TrainConfig: stage.objective reconstruct needs pictures; set loader.cached_latents to False")
+        if self.loader.keypoint_scale not in (LoaderConfig.keypoint_scale, self.model.keypoint_scale):
+            raise ConfigError(
+                f"TrainConfig: keypoints are drawn at model.keypoint_scale, which is {self.model.keypoint_scale:g}; set that one, "
+                f"not loader.keypoint_scale, got {self.loader.keypoint_scale:g}"
+            )
         if loss.crop is not None and loss.crop % self.model.vae.downscale:
             raise ConfigError(f"TrainConfig: loss.crop must be a multiple of the autoencoder's {self.model.vae.downscale} pixels, got {loss.crop}")
         pure = self.model.scheduler.rescale_betas_zero_snr and self.model.scheduler.prediction_type == "epsilon"
@@ -303,6 +322,8 @@ class TrainConfig:
         known = ("validation/loss", "validation/wrong_person_gap", "validation/wrong_pose_gap")
         if check.metric not in known:
             raise ConfigError(f"TrainConfig: checkpoint.metric {check.metric!r} is none of {', '.join(known)}{did_you_mean(check.metric, known)}")
+        if check.keep_best and check.metric not in self.measures:
+            raise ConfigError(f"TrainConfig: checkpoint.metric {check.metric} is not measured in this stage; it has {', '.join(self.measures)}")
         smallest = min(min(size) for size in self.loader.sizes)
         if self.stage.objective == "denoise" and self.validation.samples_every is not None and smallest < 64:
             raise ConfigError(f"TrainConfig: validation.samples_every needs pictures of 64 pixels or more; the loader gives {smallest}")

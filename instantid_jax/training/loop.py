@@ -46,7 +46,7 @@ def train(run: Run, *, resume_step: int | None = None, damaged: str = "stop", lo
     """Runs or resumes to the last step. Returns 0, or `EXIT_INTERRUPTED` when told to stop.
 
     `stopping` is a list from `noted_signals`; without it, signals are noted from here on.
-    Raises `BadSteps` by the guard's policy, `CheckpointError` for a checkpoint that cannot be used.
+    Raises `BadSteps` by the guard's policy, `CheckpointError` for a checkpoint that cannot be used or is beyond the last step.
     """
     with contextlib.ExitStack() as stack:
         if stopping is None:
@@ -92,7 +92,7 @@ class _Loop:
     def resume(self, step: int | None, damaged: str) -> None:
         """State, data position and guard of the newest checkpoint, or of `step`."""
         run, config = self.run, self.run.config
-        found = self.checkpoints.restore(run.program.abstract_state, step=step, damaged=damaged)
+        found = self.checkpoints.restore(run.program.abstract_state, step=step, damaged=damaged, last=config.steps)
         if found is not None:
             run.state = found.state
             run.loader.set_state(found.extra["data"])
@@ -103,7 +103,10 @@ class _Loop:
         elif config.guard.policy == "rewind":
             self._save(None)  # something to go back to
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        self.log.say(f"training from step {self.done} to {config.steps} on {devices}")
+        if self.done == config.steps:
+            self.log.say(f"the run is at step {self.done} already, its last: nothing is left to train")
+        else:
+            self.log.say(f"training from step {self.done} to {config.steps} on {devices}")
 
     def run_steps(self) -> int:
         """The loop. Returns the exit status."""
@@ -136,8 +139,6 @@ class _Loop:
             if _due(config.validation.every, self.done, config.steps):
                 told = self.run.validate()
                 name = config.checkpoint.metric.removeprefix("validation/")
-                if config.checkpoint.keep_best and name not in told:
-                    raise ValueError(f"checkpoint.metric {config.checkpoint.metric} is not measured in this stage; it has {', '.join(told)}")
                 value = told.get(name)
                 if value is not None and name.endswith("_gap"):
                     value = -value  # the larger the better

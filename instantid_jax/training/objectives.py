@@ -161,7 +161,7 @@ def _keypoint_picture(batch: Batch, latents: tuple[int, ...], downscale: int) ->
 def _time_weight(config: LossConfig, kind: str, alpha_bar: Array) -> Array:
     if config.weighting == "min_snr":
         return losses.min_snr_weight(kind, alpha_bar, config.min_snr_gamma)
-    if config.weighting == "clipped_v" and kind == "epsilon":
+    if config.weighting == "clipped_v":  # of networks that predict noise: `TrainConfig` has looked
         return losses.clipped_v_weight(alpha_bar, config.clipped_v_limit)
     return jnp.ones_like(alpha_bar)
 

@@ -52,6 +52,8 @@ class Run:
         self.share = batch_share(self.mesh, config.loader.global_batch)
         self.source = source or open_source(config.data, config.data_split)
         _check_embeddings(config, self.source)
+        if validation is None and (config.validation.every is not None or config.validation.samples_every is not None):
+            validation = open_source(config.data, config.validation.split)  # now: a split that is not there must not show after hours
         self._validation_source = validation
         if is_main():
             self.out.mkdir(parents=True, exist_ok=True)

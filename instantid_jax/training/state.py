@@ -6,7 +6,7 @@ Trees of a training are nested dicts ``{network: parameters}``; `split` cuts one
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from instantid_jax.models import Network
 from instantid_jax.paths import Tree, flatten, map_paths, partition, unflatten
 from instantid_jax.training.config import InitConfig, StageConfig
 
-__all__ = ["InitError", "TrainState", "initial_parameters", "initial_state", "merge", "split"]
+__all__ = ["InitError", "TrainState", "check_start", "initial_parameters", "initial_state", "merge", "split"]
 
 
 class InitError(ValueError):
@@ -82,9 +82,18 @@ def initial_parameters(networks: Mapping[str, Network], init: InitConfig, key: j
     return {name: tree[name] for name in networks if name in wanted}
 
 
+def check_start(networks: Iterable[str], init: InitConfig) -> None:
+    """Raises `InitError` where one of `networks` is to be read from a folder that does not have it. Reads no weights."""
+    for name in networks:
+        if name not in init.random and name not in init.from_base:
+            _folder(init, name)
+
+
 def _folder(init: InitConfig, name: str) -> Path:
     if init.weights is None:
         raise InitError(f"{name} has no start: name a folder in init.weights, or list it in init.random or init.from_base")
+    if not Path(init.weights).is_dir():
+        raise InitError(f"there is no folder {init.weights}, which init.weights names; convert or train these weights first")
     folder = Path(init.weights) / name
     if not has_weights(folder):
         raise InitError(f"{init.weights} has no weights of {name}; list it in init.random or init.from_base, or give another folder")

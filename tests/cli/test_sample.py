@@ -148,7 +148,7 @@ def test_every_option_reaches_the_call(stub: Stub, tmp_path: Path) -> None:
     options += " --identitynet-scale 0.7 --ip-adapter-scale 0.6 --control-start 0.1 --control-end 0.9 --height 64 --width 128"
     options += f" --controlnet a b --control-image {picture} {picture} --control-scale 0.5 0.4 --control-mask {picture} --prompt-weighting"
     named = f"--weights {weights} --face {face} --pose {pose} --out {tmp_path / 'out'}"
-    assert sample.main([*named.split(), *options.split(), "--prompt", "x y", "--negative-prompt", "z"]) == 1  # clip skip and weighting
+    assert sample.main([*named.split(), *options.split(), "--prompt", "x y", "--negative-prompt", "z"]) == 2  # clip skip and weighting
     options = options.replace(" --prompt-weighting", "")
     assert sample.main([*named.split(), *options.split(), "--prompt", "x y", "--negative-prompt", "z"]) == 0
     assert stub.loaded["controlnets"] == (Path("a"), Path("b"))
@@ -170,36 +170,36 @@ def test_every_option_reaches_the_call(stub: Stub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "status", "message"),
     [
-        ("--weights nowhere --face README.md", "nowhere is not a folder of converted weights"),
-        ("--weights nowhere", "no --face given"),
-        ("--weights {tmp} --face README.md", "config.json is damaged"),
-        ("--face nowhere.jpg", "nowhere.jpg: there is no such file"),
-        ("--pose nowhere.jpg", "nowhere.jpg: there is no such file"),
-        ("--control-mask nowhere.jpg", "nowhere.jpg: there is no such file"),
-        ("--steps 0", "--steps must be between 1 and 1000, not 0"),
-        ("--sampler lcm --steps 60", "use fewer steps"),
-        ("--height 100", "--height must be a multiple of 8"),
-        ("--seed -1", "--seed must be between 0 and 4294967295, not -1"),
-        ("--num-images 0", "--num-images must be between 1 and 4096, not 0"),
-        ("--control-start 1", "--control-start 1 must be smaller than --control-end 1"),
-        ("--sampler-option karras=3", "'karras' of sampler 'euler' must be True or False"),
-        ("--sampler-option karas=true", "did you mean 'karras'"),
-        ("--sampler-option karras", "--sampler-option must be written as key=value"),
-        ("--face README.md", "README.md"),
-        ("--analyzer antelopev2", "--analyzer-root DIR"),
-        ("--out README.md", "--out README.md: it is a file; name a folder"),
-        ("--controlnet x", "one of each for every ControlNet"),
-        ("--controlnet x --control-image instantid_jax/assets/astronaut.jpg", "--controlnet needs --weights"),
+        ("--weights nowhere --face README.md", 1, "nowhere is not a folder of converted weights"),
+        ("--weights nowhere", 2, "no --face given"),
+        ("--weights {tmp} --face README.md", 1, "config.json is damaged"),
+        ("--face nowhere.jpg", 1, "nowhere.jpg: there is no such file"),
+        ("--pose nowhere.jpg", 1, "nowhere.jpg: there is no such file"),
+        ("--control-mask nowhere.jpg", 1, "nowhere.jpg: there is no such file"),
+        ("--steps 0", 2, "--steps must be between 1 and 1000, not 0"),
+        ("--sampler lcm --steps 60", 2, "use fewer steps"),
+        ("--height 100", 2, "--height must be a multiple of 8"),
+        ("--seed -1", 2, "--seed must be between 0 and 4294967295, not -1"),
+        ("--num-images 0", 2, "--num-images must be between 1 and 4096, not 0"),
+        ("--control-start 1", 2, "--control-start 1 must be smaller than --control-end 1"),
+        ("--sampler-option karras=3", 2, "'karras' of sampler 'euler' must be True or False"),
+        ("--sampler-option karas=true", 2, "did you mean 'karras'"),
+        ("--sampler-option karras", 2, "--sampler-option must be written as key=value"),
+        ("--face README.md", 1, "README.md"),
+        ("--analyzer antelopev2", 1, "--analyzer-root DIR"),
+        ("--out README.md", 1, "--out README.md: it is a file; name a folder"),
+        ("--controlnet x", 2, "one of each for every ControlNet"),
+        ("--controlnet x --control-image instantid_jax/assets/astronaut.jpg", 2, "--controlnet needs --weights"),
     ],
 )
 def test_bad_input_gets_one_sentence_before_weights_are_loaded(
-    arguments: str, message: str, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: str, status: int, message: str, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
     (tmp_path / "config.json").write_text("{")
-    assert sample.main(["--out", str(tmp_path / "out"), *arguments.format(tmp=tmp_path).split()]) == 1
+    assert sample.main(["--out", str(tmp_path / "out"), *arguments.format(tmp=tmp_path).split()]) == status
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("sample.py: ") and message in lines[0]
     assert stub.loaded == {}

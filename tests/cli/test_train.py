@@ -46,6 +46,7 @@ def weights(tmp_path_factory):
 def recipe(tmp_path, monkeypatch, weights):
     """A recipe in the working folder."""
     (tmp_path / "mine.py").write_text(RECIPE.format(tests=str(ROOT / "tests" / "training"), weights=str(weights)))
+    (tmp_path / "broken.py").write_text("def config():\n    return {}['x']")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("warnings.showwarning", None)  # train.py sets it; this puts it back
@@ -87,12 +88,20 @@ def test_sigterm_saves_and_the_same_command_goes_on(recipe, tmp_path):
     [
         (["--config", "mime.py"], 1, "there is no recipe mime.py; there are configs/ablations/"),
         (["--config", "configs/portrait.py"], 1, "did you mean 'configs/portraits.py'"),
-        ([], 1, "name a recipe: --config FILE; there are configs/ablations/"),
+        ([], 2, "name a recipe: --config FILE; there are configs/ablations/"),
         (["--config", "mine.py", "--optimizer.lerning-rate", "1"], 2, "--optimizer.learning-rate"),
         (["--config", "mine.py", "--optimizer.name", "adamv"], 2, "adamw"),
-        (["--config", "mine.py", "--steps", "0"], 1, "train.py: TrainConfig: steps must be at least 1, got 0"),
+        (["--config", "mine.py", "--steps", "0"], 2, "train.py: TrainConfig: steps must be at least 1, got 0"),
         (["--config", "mine.py", "--mesh.data", "2"], 1, "a mesh of 2 x 1 x 1 needs 2 devices; there are "),
-        (["--config", "mine.py", "--distributed", "--processes", "2"], 1, "name coordinator, number of processes and this process's number together"),
+        (["--config", "mine.py", "--loader.global-batch", "0"], 2, "LoaderConfig: global_batch must be at least 1, got 0"),
+        (["--config", "mine.py", "--loader.keypoint-scale", "0.5"], 2, "train.py: TrainConfig: keypoints are drawn at model.keypoint_scale"),
+        (["--config", "mine.py", "--init.weights", "nowhere"], 1, "train.py: there is no folder nowhere, which init.weights names"),
+        (["--config", "mine.py", "--init.weights", "configs"], 1, "train.py: configs has no weights of vae"),
+        (["--config", "mine.py", "--out", "mine.py"], 1, "train.py: --out mine.py: it is a file; name a folder"),
+        (["--config", "broken.py"], 1, "train.py: broken.py, line 2: KeyError: 'x'"),
+        (["--config", "mine.py", "--distributed"], 1, "train.py: no TPU pod or cluster was found around this process; name coordinator, proc"),
+        (["--config", "mine.py", "--process", "0"], 2, "train.py: --coordinator, --processes and --process go with --distributed"),
+        (["--config", "mine.py", "--distributed", "--processes", "2"], 2, "name coordinator, number of processes and this process's number together"),
     ],
 )
 def test_mistakes_have_a_sentence_and_a_status(recipe, arguments, status, says, capsys):

@@ -1,12 +1,13 @@
 """What a configuration accepts, and what it says of one that makes no sense."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import small
 
 from instantid_jax.config import ConfigError, from_json, to_json
-from instantid_jax.training.checks import RANGES
+from instantid_jax.training.checks import RANGES, prepared_folder
 from instantid_jax.training.config import INSTANTID, InitConfig, LossConfig, OptimizerConfig, StageConfig, TrainConfig
 
 
@@ -44,12 +45,39 @@ def test_the_defaults_are_the_paper_s():
         ({"checkpoint__keep_best": 1}, "ranks checkpoints by validation/loss"),
         ({"model": small.model("v_prediction"), "loss__weighting": "clipped_v"}, "clipped_v is for networks that predict noise"),
         ({"stage__objective": "recognize", "validation__samples_every": 2}, "makes no pictures"),
+        ({"stage": StageConfig(trainable=("^unet/", "a("))}, r"stage.trainable: 'a\(' is no regular expression \(missing \)"),
+        ({"optimizer__multipliers": (("[", 2.0),)}, r"optimizer.multipliers: '\[' is no regular expression \(unterminated character set"),
+        ({"prepare": ("portraits --train 3",)}, "prepare: the line 'portraits --train 3' needs --out and a folder"),
+        ({"prepare": ("portraits --out=x", "portraits --out")}, "the line 'portraits --out' cannot be read .*expected one argument"),
+        ({"prepare": ("portraits --out 'x",)}, "cannot be read .*No closing quotation"),
+        ({"loader__keypoint_scale": 0.5}, "drawn at model.keypoint_scale, which is .*; set that one, not loader.keypoint_scale, got 0.5"),
         ({"validation__samples_every": 2}, "samples_every needs pictures of 64 pixels or more; the loader gives 16"),
     ],
 )
 def test_what_does_not_fit_is_named(fields, says):
     with pytest.raises(ConfigError, match=says):
         small.recipe("out", "weights", **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "metric", "has"),
+    [
+        ({"stage": StageConfig(adapter=False, identitynet_context="text")}, "wrong_person_gap", "loss, validation/wrong_pose_gap"),
+        ({"stage": StageConfig(identitynet=False)}, "wrong_pose_gap", "loss, validation/wrong_person_gap"),
+        ({"loader__keypoint_style": "none"}, "wrong_pose_gap", "loss, validation/wrong_person_gap"),
+        ({"stage": StageConfig(objective="recognize")}, "wrong_pose_gap", "loss"),
+    ],
+)
+def test_a_metric_that_the_stage_does_not_measure(fields, metric, has):
+    ranked = {"validation__every": 1, "checkpoint__every": 1, "checkpoint__metric": f"validation/{metric}"}
+    small.recipe("out", "weights", **fields, **ranked)  # nothing is ranked by it
+    with pytest.raises(ConfigError, match=f"checkpoint.metric validation/{metric} is not measured in this stage; it has validation/{has}$"):
+        small.recipe("out", "weights", **fields, **ranked, checkpoint__keep_best=1)
+
+
+@pytest.mark.parametrize("line", ["portraits --out here --train 3", "portraits --train 3 --out=here", "portraits --train 3 --out 'here'"])
+def test_where_a_line_of_prepare_writes(line):
+    assert prepared_folder(line) == Path("here")
 
 
 def test_an_identity_loss_needs_a_clean_latent():

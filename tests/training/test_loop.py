@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import small
 
+from instantid_jax.data.record import DataError
 from instantid_jax.data.sources import MemorySource
 from instantid_jax.training.checkpoints import CheckpointError
-from instantid_jax.training.loop import EXIT_INTERRUPTED, BadSteps, noted_signals, train
+from instantid_jax.training.config import TrainConfig
+from instantid_jax.training.loop import EXIT_INTERRUPTED, BadSteps, Run, noted_signals, train
 
 
 def bits(tree):
@@ -273,9 +275,10 @@ def test_what_is_told(make_run):
     assert {best, 2, 3} == {int(p.name) for p in (run.out / "checkpoints").iterdir()}
 
 
-def test_of_a_gap_the_largest_is_the_best(make_run):
-    run = make_run(steps=4, validation__every=1, checkpoint__every=1, checkpoint__keep=1, checkpoint__keep_best=1)
-    run.config = dataclasses.replace(run.config, checkpoint=dataclasses.replace(run.config.checkpoint, metric="validation/wrong_pose_gap"))
+def test_of_a_gap_the_largest_is_the_best(make_run, monkeypatch):
+    monkeypatch.setattr(TrainConfig, "measures", ("validation/wrong_pose_gap",))
+    ranked = {"checkpoint__keep": 1, "checkpoint__keep_best": 1, "checkpoint__metric": "validation/wrong_pose_gap"}
+    run = make_run(steps=4, validation__every=1, checkpoint__every=1, **ranked)
     gaps = iter([0.1, 0.3, 0.2, 0.0])
     run.validate = lambda: {"loss": 1.0, "wrong_pose_gap": next(gaps)}
     train(run)
@@ -298,10 +301,32 @@ def test_validation_is_the_same_after_resuming(make_run):
     assert log(one, "validation") == log(two, "validation")
 
 
-def test_a_metric_that_the_stage_does_not_measure(make_run):
-    fields = {"validation__every": 1, "checkpoint__every": 1, "checkpoint__keep_best": 1, "checkpoint__metric": "validation/wrong_pose_gap"}
-    with pytest.raises(ValueError, match="wrong_pose_gap is not measured in this stage; it has loss"):
-        train(make_run(**fields))
+def test_a_split_that_is_not_there_is_refused_before_training(tmp_path, weights, source, program, monkeypatch):
+    def missing(folders, split):
+        raise DataError(f"{folders[0]}: has no split {split!r}, only train")
+
+    monkeypatch.setattr("instantid_jax.training.run.open_source", missing)
+    config = small.quick(tmp_path / "run", weights, validation__split="validaton")
+    Run(config, source=source, program=program)  # never asked for
+    for due in ({"validation__every": 2}, {"validation__every": 4}):
+        with pytest.raises(DataError, match="data: has no split 'validaton', only train"):
+            Run(small.changed(config, **due), source=source, program=program)
+
+
+def test_fewer_steps_than_are_done_is_no_success(make_run, capsys):
+    done = make_run(steps=4)
+    train(done)
+    wanted = bits(done.state)
+    with pytest.raises(CheckpointError, match=r"checkpoints is at step 4 already, beyond the 3 steps .* ask for 4 or more, --resume-step 2, or"):
+        train(make_run(steps=3))
+    with pytest.raises(CheckpointError, match=r"at step 2 already, beyond the 1 steps asked for: ask for 2 or more, or give"):
+        train(make_run(steps=1), resume_step=2)
+    shutil.rmtree(done.out / "weights")
+    capsys.readouterr()
+    same = make_run(steps=4)
+    assert train(same) == 0 and bits(same.state) == wanted and (same.out / "weights" / "recognizer").is_dir()
+    assert "the run is at step 4 already, its last: nothing is left to train" in capsys.readouterr().out
+    assert train(make_run(steps=3), resume_step=2) == 0
 
 
 def test_tensorboard_on_request(make_run):

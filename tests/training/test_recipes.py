@@ -14,6 +14,7 @@ import small
 from instantid_jax.config import ConfigError, IdentityNetConfig, portraits, sdxl, to_json
 from instantid_jax.data.loader import make_loader
 from instantid_jax.data.sources import MemorySource
+from instantid_jax.options import OptionError
 from instantid_jax.parallel.mesh import make_mesh
 from instantid_jax.paths import flatten
 from instantid_jax.training.program import Program
@@ -62,7 +63,7 @@ def test_a_stage_whose_base_is_not_there_says_so(tmp_path, monkeypatch):
 
 
 def test_names(stages):
-    with pytest.raises(ConfigError, match=r"name a recipe: --config FILE; there are configs/ablations/dropout_5.py, "):
+    with pytest.raises(OptionError, match=r"name a recipe: --config FILE; there are configs/ablations/dropout_5.py, "):
         load_recipe(None)
     with pytest.raises(ConfigError, match=r"there is no recipe configs/portrait.py; did you mean 'configs/portraits.py'\?; there are"):
         load_recipe("configs/portrait.py")
@@ -82,6 +83,15 @@ def test_names(stages):
             "import dataclasses\nfrom instantid_jax.training.recipes import load_recipe\n"
             "def config(): return dataclasses.replace(load_recipe('configs/instantid.py'), step=3)",
             "TrainConfig has no field 'step'; did you mean 'steps'",
+        ),
+        ("x = 1\ndef config(:\n", r"^mine\.py, line 2: invalid syntax$"),
+        ("\nimport no_such_module", r"^mine\.py, line 2: ModuleNotFoundError: No module named 'no_such_module'$"),
+        ("def config():\n    return part()\n\ndef part():\n    return {}['x']", r"^mine\.py, line 5: KeyError: 'x'$"),
+        ("def config(needed): return needed", r"^mine\.py: TypeError: config\(\) missing 1 required positional argument: 'needed'$"),
+        ("import json\ndef config(): return json.loads('{')", r"^mine\.py, line 2: JSONDecodeError: Expecting property name"),
+        (
+            "from instantid_jax.training.config import *\ndef config(): return OptimizerConfig(b3=1)",
+            r"^mine\.py, line 2: OptimizerConfig has no field 'b3'",
         ),
     ],
 )
