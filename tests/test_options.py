@@ -29,7 +29,7 @@ def test_a_range_and_what_is_said_outside_it(allowed, inside, outside, says):
 
 
 def test_wrong_options_have_status_two():
-    with pytest.raises(OptionError, match="^mine$") as caught, wrong_options():
+    with pytest.raises(OptionError, match=r"^mine$") as caught, wrong_options():
         raise ValueError("mine")
     assert status_of(caught.value) == 2 and status_of(ValueError("mine")) == 1
     with pytest.raises(OSError, match="other"), wrong_options():

@@ -105,7 +105,9 @@ class PrepareJob:
                     yield verdict.record
         self._written[split] = written
         if not written:
-            reasons = ", ".join(f"{code} {n}" for code, n in self._codes.most_common()) or "there was no input"
+            reasons = ", ".join(f"{code} {n}" for code, n in self._codes.most_common()) or (
+                "none belongs to it" if self._inputs else "there was no input"
+            )
             so_far = Report(self._inputs, self._written, dict(self._codes), "", str(self.quarantine))
             raise EmptySplit(f"no input became a record of the split {split!r} ({reasons}); {self.quarantine} names each", so_far.lines())
 

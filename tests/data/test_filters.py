@@ -207,7 +207,17 @@ def test_an_examiner_travels_to_other_processes():
     assert again(candidate(FACE)).record.embedder == "colors"
 
 
-def test_thresholds_out_of_range():
-    for change in ({"max_faces": 0}, {"min_face_share": 1.0}, {"min_det_score": 2.0}, {"min_side": -1}):
-        with pytest.raises(DataError, match="out of range"):
-            FilterConfig(**change)
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("max_faces", 0, "must be at least 1, got 0"),
+        ("min_face_share", 1.0, "must be at least 0 and below 1, got 1.0"),
+        ("min_det_score", 2.0, "must be between 0 and 1, got 2.0"),
+        ("min_det_score", float("nan"), "must be between 0 and 1, got nan"),
+        ("min_side", -1, "must be at least 0, got -1"),
+        ("min_eye_distance", -1.0, "must be at least 0, got -1.0"),
+    ],
+)
+def test_a_threshold_out_of_range_is_named(field, value, says):
+    with pytest.raises(DataError, match=f"^FilterConfig: {field} {says}$"):
+        FilterConfig(**{field: value})

@@ -283,10 +283,15 @@ def test_equal_captions_are_tokenised_once(latents):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"drop_text": 1.5}, "drop_text is a share"),
+        ({"drop_text": 1.5}, "^LoaderConfig: drop_text must be between 0 and 1, got 1.5$"),
         ({"drop_text": 0.5, "drop_identity": 0.4, "drop_both": 0.2}, "sum to at most 1"),
         ({"keypoint_style": "six"}, "five, dense, none"),
-        ({"global_batch": 0}, "out of range"),
+        ({"global_batch": 0}, "^LoaderConfig: global_batch must be at least 1, got 0$"),
+        ({"resolution": 7}, "^LoaderConfig: resolution must be at least 8, got 7$"),
+        ({"keypoint_scale": 0.0}, "^LoaderConfig: keypoint_scale must be above 0 and finite, got 0.0$"),
+        ({"keypoint_scale": float("nan")}, "^LoaderConfig: keypoint_scale must be above 0 and finite, got nan$"),
+        ({"num_threads": -1}, "^LoaderConfig: num_threads must be at least 0, got -1$"),
+        ({"prefetch": -1}, "^LoaderConfig: prefetch must be at least 0, got -1$"),
         ({"cached_text": True, "identity_caption": 0.5}, "plain caption"),
     ],
 )
@@ -296,10 +301,12 @@ def test_configurations_that_make_no_sense(change, says):
 
 
 def test_arguments_that_make_no_sense(mixed):
-    for process in ((0, 3), (2, 2), (-1, 2)):
-        with pytest.raises(DataError, match="cannot be made by process"):
-            make_loader(mixed, CONFIG, tokenizers(), *process)
-    with pytest.raises(DataError, match="multiple of the global batch of 8, not at position 4"):
+    for index in (2, -1):
+        with pytest.raises(DataError, match=f"^process_index must be at least 0 and below the 2 processes, got {index}$"):
+            make_loader(mixed, CONFIG, tokenizers(), index, 2)
+    with pytest.raises(DataError, match="^global_batch must be a multiple of the 3 processes, got 8$"):
+        make_loader(mixed, CONFIG, tokenizers(), 0, 3)
+    with pytest.raises(DataError, match=r"^start_position must be a multiple of the global batch of 8 and at least 0, got 4$"):
         make_loader(mixed, CONFIG, tokenizers(), start_position=4)
     with pytest.raises(DataError, match="no record"):
         make_loader(MemorySource([]), CONFIG, tokenizers())

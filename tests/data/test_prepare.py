@@ -17,6 +17,7 @@ from instantid_jax.data.inputs import Candidate, FolderReader, ManifestReader, R
 from instantid_jax.data.preparation import Report, ordered_map, prepare
 from instantid_jax.data.record import DataError, encode_array
 from instantid_jax.data.sources import DatasetSource, JoinedSource, find_dataset, open_source, quiet_tfds
+from instantid_jax.options import OptionError
 from tests.data.samples import ColorAnalyzer, encoded, photo
 
 CONFIG = FilterConfig(min_side=32)
@@ -215,6 +216,49 @@ def test_a_manifest(tmp_path):
     assert found["images/2.png"].embeddings.tolist() == [[1, 1, 1, 1]]
     text = (tmp_path / "out" / "quarantine" / "refused-train.jsonl").read_text()
     assert "a pickle, which is never read" in text and "photos.jsonl@" in text
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "says"),
+    [
+        ({"identiy": "Ann"}, {}, "a.png: there is no field 'identiy'; did you mean 'identity'?"),
+        ({"qqq": None}, {}, "a.png: there is no field 'qqq'; labels may hold anything else"),
+        ({"labels": {"qqq": 1}}, {}, None),
+        ({"qqq": 1, "width": 3}, {"ignore": ("qqq", "width")}, None),
+        ({"who": "Ann"}, {"rename": (("who", "identity"),)}, None),
+        ({"embedding": [1, 2, 3], "embedder": "x"}, {}, "a.png: has an embedding but no keypoints, which say whose it is; give both, or neither"),
+    ],
+)
+def test_no_field_of_a_manifest_is_passed_over(row, options, says, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "m.jsonl").write_text(json.dumps({"image": "a.png", **row}) + "\n")
+    reader = ManifestReader(str(tmp_path / "m.jsonl"), **options)
+    (entry,) = [entry for shard in reader.shards() for entry in reader.read(shard)]
+    if says is None:
+        assert isinstance(entry, Candidate)
+    else:
+        assert isinstance(entry, Refusal) and (entry.code, entry.message) == ("bad_fields", says)
+
+
+@pytest.mark.parametrize(("name", "says"), [("captoin", "a.json: there is no field 'captoin'; did you mean 'caption'?"), ("original_width", None)])
+def test_a_field_beside_a_picture_that_is_nearly_one(name, says, tmp_path):
+    """Programs that download photos add fields of their own; those of people are near misses."""
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "a.json").write_text(json.dumps({"identity": "Ann", name: "x"}))
+    reader = FolderReader(str(tmp_path))
+    (entry,) = [entry for shard in reader.shards() for entry in reader.read(shard)]
+    assert (entry.message if isinstance(entry, Refusal) else None) == says
+
+
+def test_renamed_fields_exist(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    rows = [{"image": "a.png"}, {"image": "a.png", "who": "Ann"}]  # not in the first row
+    (tmp_path / "m.jsonl").write_text("\n".join(["{broken", *map(json.dumps, rows)]))
+    assert len(list(ManifestReader(str(tmp_path / "m.jsonl"), (("who", "identity"),)).shards())) == 1
+    with pytest.raises(OptionError, match=r"--rename from 'whom': no row at the beginning of m.jsonl has this field; did you mean 'who'\?"):
+        list(ManifestReader(str(tmp_path / "m.jsonl"), (("whom", "identity"),)).shards())
+    with pytest.raises(OptionError, match=r"--rename to 'idenity': there is no such field; did you mean 'identity'\?"):
+        ManifestReader(str(tmp_path / "m.jsonl"), (("who", "idenity"),))
 
 
 def test_a_manifest_is_read_in_pieces(tmp_path, monkeypatch):
