@@ -128,14 +128,16 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, like: Any) -> Restored:
-        wanted = _named(like)
-        with quiet_orbax(), _damaging():
+        wanted, folder = _named(like), self.folder / str(step)
+        with quiet_orbax(), _damaging(folder):
             self._orbax.reload()
             found = self._orbax.metadata(step)
+            if found.metadata is None or not isinstance(found.custom_metadata or {}, Mapping):
+                raise ValueError("its metadata cannot be read")
             there, about = dict(found.metadata), dict(found.custom_metadata or {})
         extra = _extra(about)
-        _compare(self.folder / str(step), there, wanted)
-        with quiet_orbax(), _damaging():
+        _compare(folder, there, wanted)
+        with quiet_orbax(), _damaging(folder):
             arrays = self._orbax.load(step, wanted)
         for name, number in fingerprints(arrays).items() if "fingerprints" in about else ():
             if about["fingerprints"].get(name) != number:
@@ -177,13 +179,35 @@ class _Damaged(Exception):
     pass
 
 
+_DAMAGE = (KeyError, ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+"""What Orbax, TensorStore and JSON raise for files that are cut, missing, swapped or have a flipped bit."""
+
+
 @contextlib.contextmanager
-def _damaging() -> Iterator[None]:
-    """Whatever fails while a checkpoint is read is damage of it."""
+def _damaging(folder: Path) -> Iterator[None]:
+    """Within it, what damaged files raise is `_Damaged`. What healthy ones may meet, such as too little memory, is passed on as it is,
+    and a lack of permission is a `CheckpointError`; Orbax may have wrapped both.
+    """
     try:
         yield
-    except Exception as problem:
+    except PermissionError as problem:
+        raise _forbidden(folder, problem.filename or folder) from problem
+    except _DAMAGE as problem:
+        cause: BaseException | None = problem
+        while cause is not None:
+            if isinstance(cause, PermissionError):
+                raise _forbidden(folder, cause.filename or folder) from problem
+            if isinstance(cause, MemoryError | jax.errors.JaxRuntimeError) or (isinstance(cause, OSError) and not isinstance(cause, _DAMAGE)):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        closed = next((path for path in (folder, *folder.rglob("*")) if path.exists() and not os.access(path, os.R_OK)), None)
+        if closed is not None:
+            raise _forbidden(folder, closed) from problem
         raise _Damaged(_first_line(problem)) from problem
+
+
+def _forbidden(folder: Path, path: Any) -> CheckpointError:
+    return CheckpointError(f"checkpoint {folder} is not this user's to read: permission denied for {path}; change its permissions or owner")
 
 
 def _say(text: str) -> None:

@@ -304,7 +304,7 @@ def test_arguments_that_make_no_sense(mixed):
     for index in (2, -1):
         with pytest.raises(DataError, match=f"^process_index must be at least 0 and below the 2 processes, got {index}$"):
             make_loader(mixed, CONFIG, tokenizers(), index, 2)
-    with pytest.raises(DataError, match="^global_batch must be a multiple of the 3 processes, got 8$"):
+    with pytest.raises(DataError, match=r"^global_batch must be a multiple of the 3 processes, got 8$"):
         make_loader(mixed, CONFIG, tokenizers(), 0, 3)
     with pytest.raises(DataError, match=r"^start_position must be a multiple of the global batch of 8 and at least 0, got 4$"):
         make_loader(mixed, CONFIG, tokenizers(), start_position=4)

@@ -217,6 +217,60 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path, like):
     assert refused >= 6
 
 
+def wrapped(problem):
+    """As Orbax passes on what its handlers raise."""
+    error = KeyError("Failed to load checkpointable")
+    error.__cause__ = problem
+    return error
+
+
+def out_of_memory():
+    return jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+
+def broken_disk():
+    return OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize(("make", "wrap"), [(make, wrap) for make in (MemoryError, out_of_memory, broken_disk) for wrap in (False, True)])
+@pytest.mark.parametrize("method", ["metadata", "load"])
+def test_what_a_healthy_one_may_meet_is_not_damage(tmp_path, like, monkeypatch, make, wrap, method):
+    saved(tmp_path, 1, 2)
+    checkpoints = opened(tmp_path)
+
+    def fail(*_):
+        raise wrapped(make()) if wrap else make()
+
+    monkeypatch.setattr(type(checkpoints._orbax), method, fail)
+    with pytest.raises(type(make())):
+        checkpoints.restore(like, damaged="previous")
+    monkeypatch.undo()
+    assert checkpoints.steps == [1, 2] and checkpoints.restore(like).step == 2
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("damaged", ["stop", "previous"])
+@pytest.mark.parametrize("how", ["raised", "wrapped", "swallowed"])
+def test_one_that_may_not_be_read_is_not_damaged(tmp_path, like, monkeypatch, how, damaged):
+    """Whether Orbax passes the refusal on, wraps it or keeps it to itself. Root may read all, so permission is played."""
+    saved(tmp_path, 1, 2)
+    checkpoints = opened(tmp_path)
+    file = tmp_path / "checkpoints" / "2" / "state" / "manifest.ocdbt"
+    assert file.is_file()
+
+    def load(*_):
+        refusal = PermissionError(13, "Permission denied", str(file))
+        raise {"raised": refusal, "wrapped": wrapped(refusal), "swallowed": KeyError("Failed to load")}[how]
+
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: os.fspath(path) != str(file) and access(path, mode))
+    monkeypatch.setattr(type(checkpoints._orbax), "load", load)
+    with pytest.raises(CheckpointError, match=rf"^checkpoint .*/2 is not this user's to read: permission denied for {file}; change its"):
+        checkpoints.restore(like, damaged=damaged)
+    assert checkpoints.steps == [1, 2]
+    checkpoints.close()
+
+
 def test_a_leaf_in_another_s_place_is_damage(tmp_path, like, monkeypatch):
     """Files that are whole, but not what was saved."""
     saved(tmp_path, 1)
