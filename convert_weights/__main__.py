@@ -19,6 +19,7 @@ from convert_weights.readers import read_controlnet, read_model
 from convert_weights.source import ConversionError
 from instantid_jax.checkpoint import WeightsError
 from instantid_jax.config import ConfigError
+from instantid_jax.options import OptionError, check_command, status_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +50,10 @@ class Import:
         start = time.monotonic()
         if self.controlnet is not None:
             if self.base is not None or self.instantid is not None:
-                raise ConversionError("give either --controlnet, or --base and --instantid")
+                raise OptionError("give either --controlnet, or --base and --instantid")
             snapshot = read_controlnet(self.controlnet, self.variant)
         elif self.base is None or self.instantid is None:
-            raise ConversionError("give --base and --instantid, or --controlnet alone")
+            raise OptionError("give --base and --instantid, or --controlnet alone")
         else:
             snapshot = read_model(self.base, self.instantid, self.variant, self.base_fallback, self.tokens)
         manifest = import_snapshot(snapshot, self.out, self.dtype, self.overwrite)
@@ -138,7 +139,8 @@ def _print(lines: Iterable[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 where it succeeded. An error is one message on stderr and 1, never a traceback."""
+    """Runs one command; 0 where it succeeded. An error is one message on stderr and 1 (of an option 2), never a traceback."""
+    check_command("convert_weights", arguments, ("import", "export", "inspect", "diff", "verify"))
     command = tyro.cli(Command, prog="python -m convert_weights", description=__doc__, args=arguments)  # type: ignore[call-overload]
     try:
         status = command.run()
@@ -147,9 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ConversionError, ConfigError, WeightsError, OSError) as problem:
+    except (ConversionError, ConfigError, WeightsError, OptionError, OSError) as problem:
         print(f"convert_weights: {problem}", file=sys.stderr)
-        return 1
+        return status_of(problem)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from instantid_jax.evaluation.attributes import TextJudge
 from instantid_jax.evaluation.store import Store, digest
 from instantid_jax.face import FaceAnalyzer, analyze_photo
 
-__all__ = ["MOST_REFERENCES", "REFERENCE_SIZE", "Panel", "PanelError", "fit_text_judge", "make_panel"]
+__all__ = ["MOST_REFERENCES", "REFERENCE_SIZE", "Panel", "PanelError", "check_people", "fit_text_judge", "make_panel"]
 
 REFERENCE_SIZE = 128
 """Side in pixels of the references, as in training."""
@@ -65,6 +65,13 @@ class Panel:
         return len(self.seeds)
 
 
+def check_people(people: int, split: str) -> None:
+    """Raises `PanelError` where a split, "test" or "validation", has not so many people, or so few would mean nothing."""
+    most = {"test": _FIT_SEEDS.start, "validation": _FIT_SEEDS.stop - FIRST[split]}[split]
+    if not 2 <= people <= most:
+        raise PanelError(f"an evaluation needs 2 to {most} {split} people, got {people}")
+
+
 def make_panel(world: PortraitWorld, people: int, analyzer: FaceAnalyzer, split: str = "test") -> Panel:
     """The first so many people of a split, "test" or "validation".
 
@@ -72,10 +79,8 @@ def make_panel(world: PortraitWorld, people: int, analyzer: FaceAnalyzer, split:
         PanelError: there are not so many.
         FaceError: a reference shows no face.
     """
+    check_people(people, split)
     first = FIRST[split]
-    most = {"test": _FIT_SEEDS.start, "validation": _FIT_SEEDS.stop - first}[split]
-    if not 2 <= people <= most:
-        raise PanelError(f"an evaluation needs 2 to {most} {split} people, got {people}")
     rows = [_person(world, seed, analyzer) for seed in range(first, first + people)]
     arrays = ("seeds", "references", "reference_keypoints", "embeddings", "keypoints", "targets", "styled_targets")
     texts = ("prompts", "backgrounds", "hairs", "styles", "styled_prompts")

@@ -26,11 +26,12 @@ from instantid_jax.defaults import NOTICE, default_pipeline
 from instantid_jax.evaluation.faces import Examiner
 from instantid_jax.evaluation.generate import Painter, Sampling
 from instantid_jax.evaluation.judges import load_judge
-from instantid_jax.evaluation.panel import FIRST, Panel, fit_text_judge, make_panel
+from instantid_jax.evaluation.panel import FIRST, Panel, check_people, fit_text_judge, make_panel
 from instantid_jax.evaluation.report import contact_sheet, flatten, markdown
 from instantid_jax.evaluation.store import Store
 from instantid_jax.evaluation.suite import ARMS, BASE, MAIN, TARGETS, ArmResult, Bench, check_arms
 from instantid_jax.face import load_analyzer
+from instantid_jax.options import OptionError, Range, check_options, status_of, wrong_options
 from instantid_jax.pipeline import InstantIDPipeline
 
 __all__ = ["Settings", "main", "run"]
@@ -80,13 +81,16 @@ def main(arguments: list[str] | None = None) -> int:
         run(settings)
     except (ValueError, OSError) as error:
         print(f"portraits: {error}", file=sys.stderr)
-        return 1
+        return status_of(error)
     return 0
 
 
 def run(s: Settings) -> dict[str, Any]:
-    """Measures, writes, prints, and returns what portraits.json holds. Raises ValueError or OSError with one clear sentence."""
-    names = check_arms(s.arms)
+    """Measures, writes, prints, and returns what portraits.json holds. Raises ValueError (for options `OptionError`) or OSError."""
+    with wrong_options():
+        names = check_arms(s.arms)
+        check_people(s.identities, s.split)
+    check_options(s, {"steps": Range(1), "batch": Range(1)})
     store = Store(None if s.out is None else s.out / "cache")
     if s.real_only:
         bench = _bench(s, "opencv", PortraitWorld(image_size=_REAL_SIZE), store)
@@ -94,7 +98,7 @@ def run(s: Settings) -> dict[str, Any]:
         print(json.dumps(figures, indent=1))
         return figures
     if s.out is None:
-        raise ValueError("no --out given: name a folder for the results")
+        raise OptionError("no --out given: name a folder for the results")
     if s.weights is None:
         print(NOTICE, file=sys.stderr)
     pipe = default_pipeline() if s.weights is None else InstantIDPipeline.from_pretrained(s.weights)

@@ -17,7 +17,7 @@ import sample
 from instantid_jax.config import sdxl, tiny, to_json
 from instantid_jax.defaults import PROMPTS, people
 from instantid_jax.diffusion import SAMPLERS
-from instantid_jax.face import load_photo
+from instantid_jax.face import Face, load_photo
 from instantid_jax.output import read_settings
 from instantid_jax.pipeline import PipelineOutput
 from instantid_jax.sample_options import SampleOptions, SamplerName
@@ -125,6 +125,25 @@ def weights_folder(path: Path) -> Path:
     path.mkdir()
     (path / "config.json").write_text(to_json(sdxl()))
     return path
+
+
+def test_the_size_of_the_output_does_not_reach_the_detector(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[tuple[int, ...], int]] = []
+
+    class Noting:
+        name, embedding_dim = "opencv", 128
+
+        def analyze(self, image: np.ndarray, det_size: int = 640) -> list[Face]:
+            asked.append((image.shape, det_size))
+            kps = np.float32([[24, 24], [40, 24], [32, 34], [26, 44], [38, 44]]) * image.shape[0] / 64
+            return [Face(np.float32([10, 10, 60, 60]) * image.shape[0] / 64, kps, 0.9, np.arange(1, 129, dtype=np.float32))]
+
+    monkeypatch.setattr(sample, "load_analyzer", lambda *_: Noting())
+    for size in ("", "--height 64 --width 128", "--height 512 --width 512"):
+        asked.clear()
+        assert sample.main(["--face", str(people()[0].photo), "--out", str(tmp_path / "out"), *size.split()]) == 0
+        assert asked == [((1280, 1280, 3), 640)]
+        assert stub.called["image"][0].size == ({"": (64, 64)} | {"--height 64 --width 128": (128, 64), "--height 512 --width 512": (512, 512)})[size]
 
 
 @pytest.mark.usefixtures("no_analyzer")

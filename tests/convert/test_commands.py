@@ -177,20 +177,20 @@ def test_a_failed_import_leaves_nothing(golden_snapshot: Path, tmp_path: Path, c
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "status", "message"),
     [
-        (["import", "--out", "x"], "give --base and --instantid, or --controlnet alone"),
-        (["import", "--base", "b", "--controlnet", "c", "--out", "x"], "give either --controlnet, or --base and --instantid"),
-        (["import", "--base", "absent", "--instantid", "absent", "--out", "x"], "absent: there is no such file or folder"),
-        (["import", "--controlnet", "absent", "--out", "x"], "absent: there is no such file or folder"),
-        (["export", "--weights", "absent", "--out", "x"], "is not a folder of converted weights"),
-        (["verify", "absent"], "is not a folder of converted weights"),
-        (["inspect", "absent"], "absent: there is no such file or folder"),
-        (["diff", "absent", "absent"], "absent: there is no such file or folder"),
+        (["import", "--out", "x"], 2, "give --base and --instantid, or --controlnet alone"),
+        (["import", "--base", "b", "--controlnet", "c", "--out", "x"], 2, "give either --controlnet, or --base and --instantid"),
+        (["import", "--base", "absent", "--instantid", "absent", "--out", "x"], 1, "absent: there is no such file or folder"),
+        (["import", "--controlnet", "absent", "--out", "x"], 1, "absent: there is no such file or folder"),
+        (["export", "--weights", "absent", "--out", "x"], 1, "is not a folder of converted weights"),
+        (["verify", "absent"], 1, "is not a folder of converted weights"),
+        (["inspect", "absent"], 1, "absent: there is no such file or folder"),
+        (["diff", "absent", "absent"], 1, "absent: there is no such file or folder"),
     ],
 )
-def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 1
+def test_errors_are_one_line(arguments: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == status
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 

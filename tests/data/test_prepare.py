@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -271,6 +272,23 @@ def test_a_manifest_is_read_in_pieces(tmp_path, monkeypatch):
         reader = ManifestReader(str(tmp_path / "m.jsonl"))
         found = [entry.key for shard in reader.shards() for entry in reader.read(shard)]
         assert found == [str(i) for i in range(50)]
+
+
+def test_a_long_manifest_is_never_held_in_memory(tmp_path):
+    """Twice the rows take no more memory, which stays far below the file's 16 and 32 MiB."""
+    (tmp_path / "a.png").write_bytes(b"x")
+    peaks = []
+    for count in (256, 512):
+        with (tmp_path / "m.jsonl").open("w") as file:
+            for i in range(count):
+                file.write(json.dumps({"image": "a.png", "key": f"{i}", "caption": "x" * 65_536}) + "\n")
+        reader = ManifestReader(str(tmp_path / "m.jsonl"), (("caption", "caption_identity"),))
+        tracemalloc.start()
+        read = sum(isinstance(entry, Candidate) for shard in reader.shards() for entry in reader.read(shard))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert read == count
+    assert max(peaks) < 2 << 20 and peaks[1] < 1.1 * peaks[0]
 
 
 def test_fields_of_the_wrong_kind_are_named():

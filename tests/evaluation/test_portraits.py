@@ -27,13 +27,15 @@ def noise(job, size):
 
 
 def test_mistakes_are_one_sentence(capsys, tmp_path):
-    for arguments, message in (
-        (("--arms", "both", "boht"), "there is no arm 'boht'"),
-        ((), "no --out given"),
-        (("--out", str(tmp_path), "--weights", str(tmp_path)), "no config.json"),
-        (("--real-only", "--identities", "1"), "2 to 1000 people, got 1"),
+    for arguments, status, message in (
+        (("--arms", "both", "boht"), 2, "there is no arm 'boht'"),
+        ((), 2, "no --out given"),
+        (("--out", str(tmp_path), "--weights", str(tmp_path)), 1, "no config.json"),
+        (("--real-only", "--identities", "1"), 2, "2 to 1000 test people, got 1"),
+        (("--real-only", "--identities", "501", "--split", "validation"), 2, "2 to 500 validation people, got 501"),
+        (("--batch", "0"), 2, "--batch must be at least 1, got 0"),
     ):
-        assert portraits.main(list(arguments)) == 1
+        assert portraits.main(list(arguments)) == status
         error = capsys.readouterr().err
         assert error.startswith("portraits: ") and message in error and error.count("\n") == 1
 

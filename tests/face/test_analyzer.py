@@ -139,6 +139,28 @@ def test_detector_output_is_decoded_in_pixels_of_the_photo(insight):
         np.testing.assert_allclose(face.det_score, (255 - 127.5) / 128, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [(300, 200), (640, 640), (900, 1700)])
+def test_the_detector_s_size_does_not_follow_the_photo_s(analyzer, insight, monkeypatch, size):
+    """Both detectors look at a square of 640 pixels, whatever the photo has."""
+    seen, photo = [], np.full((*size, 3), 90, np.uint8)
+    real = analyzer._detector
+
+    class Noting:
+        def setInputSize(self, given):
+            seen.append(given)
+            real.setInputSize(given)
+
+        def detect(self, canvas):
+            seen.append(canvas.shape[1::-1])
+            return real.detect(canvas)
+
+    monkeypatch.setattr(analyzer, "_detector", Noting())
+    assert analyzer.analyze(photo) == [] and seen == [(640, 640)] * 2
+    seen.clear()
+    monkeypatch.setattr(insight._detector, "detect", lambda image, input_size: (seen.append(input_size), (np.zeros((0, 5)), []))[1])
+    assert insight.analyze(photo) == [] and seen == [(640, 640)]
+
+
 def test_embedding_is_raw_and_of_the_normalised_rgb_crop(insight):
     photo = _photo_with_marks(640, (30, 20))
     (face,) = insight.analyze(photo)
