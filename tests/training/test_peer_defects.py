@@ -42,7 +42,9 @@ def silent(source: str) -> list[int]:
 
 def machine_paths(source: str) -> list[str]:
     """Strings that begin with a folder of somebody's machine, as the program sees them: escapes are read, f-strings looked into."""
-    texts = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    nodes = list(ast.walk(ast.parse(source)))
+    later = {part for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values[1:]}
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in later]
     return [text for text in texts if re.match(r"/(home|Users|root|mnt|data)/|[A-Z]:[/\\]", text)]
 
 
@@ -54,6 +56,7 @@ def machine_paths(source: str) -> list[str]:
         (r'open("C:\\users\\me")', [r"C:\users\me"]),
         (r'open(r"D:\data")', [r"D:\data"]),
         ('open("E:/data")', ["E:/data"]),
+        ("open(f'{folder}/data/{x}')", []),
         (r'print("A:", x, "/data", "http://mnt/", "B:\n")', []),
     ],
 )
