@@ -161,30 +161,8 @@ class PrepareJob:
             | "Spread entries" >> beam.Reshuffle()
         )
         examined = entries | "Examine" >> beam.Map(_Examine(examiner))
-        refused = [examined | "Refused" >> beam.Filter(_is_refusal)]
-        by_key = (
-            examined
-            | "Accepted" >> beam.Filter(_is_accepted)
-            | "By key" >> beam.Map(lambda a: (a.record.key, a))
-            | "Group keys" >> beam.GroupByKey()
-            | "First of a key" >> beam.FlatMap(_first_of_key)
-        )
-        refused.append(by_key | "Same key" >> beam.Filter(_is_refusal))
-        accepted = by_key | "Unique key" >> beam.Filter(_is_accepted)
-        if examiner.config.duplicates != "none":
-            doubles = _Doubles(examiner.config.duplicates, examiner.splits)
-            marks = (  # fingerprints alone travel here, not pictures
-                accepted
-                | "Bands" >> beam.FlatMap(doubles.bands)
-                | "Group bands" >> beam.GroupByKey()
-                | "Pairs" >> beam.FlatMap(doubles.pairs)
-                | "Earliest" >> beam.CombinePerKey(min)
-            )
-            records = accepted | "By unique key" >> beam.Map(lambda a: (a.record.key, a))
-            judged = (records, marks) | "Join" >> beam.CoGroupByKey() | "Judge" >> beam.FlatMap(_judge)
-            refused.append(judged | "Doubles" >> beam.Filter(_is_refusal))
-            accepted = judged | "Singles" >> beam.Filter(_is_accepted)
-        refusals = refused | "All refused" >> beam.Flatten()
+        accepted, refused = self._beam_singles(examined | "Accepted" >> beam.Filter(_is_accepted))
+        refusals = (examined | "Refused" >> beam.Filter(_is_refusal), *refused) | "All refused" >> beam.Flatten()
         prefix = str(self.quarantine / "refused")
         _ = refusals | "Lines" >> beam.Map(Refusal.to_json) | "Quarantine" >> WriteToText(prefix, ".jsonl")
         inputs = entries | "Count inputs" >> beam.combiners.Count.Globally() | "Name" >> beam.Map(lambda n: ("", n))
@@ -197,6 +175,33 @@ class PrepareJob:
         )
         records = accepted | "Records" >> beam.Map(lambda a: a.record)
         return {split: records | f"Of {split}" >> beam.Filter(lambda r, s=split: r.split == s) for split in examiner.splits}
+
+    def _beam_singles(self, accepted: Any) -> tuple[Any, list[Any]]:
+        """What remains of accepted inputs when each key and each picture counts once, and the collections of what is refused for it."""
+        import apache_beam as beam  # pyright: ignore[reportMissingImports]
+
+        by_key = (
+            accepted
+            | "By key" >> beam.Map(lambda a: (a.record.key, a))
+            | "Group keys" >> beam.GroupByKey()
+            | "First of a key" >> beam.FlatMap(_first_of_key)
+        )
+        refused = [by_key | "Same key" >> beam.Filter(_is_refusal)]
+        unique = by_key | "Unique key" >> beam.Filter(_is_accepted)
+        if self.examiner.config.duplicates == "none":
+            return unique, refused
+        doubles = _Doubles(self.examiner.config.duplicates, self.examiner.splits)
+        marks = (  # fingerprints alone travel here, not pictures
+            unique
+            | "Bands" >> beam.FlatMap(doubles.bands)
+            | "Group bands" >> beam.GroupByKey()
+            | "Pairs" >> beam.FlatMap(doubles.pairs)
+            | "Earliest" >> beam.CombinePerKey(min)
+        )
+        records = unique | "By unique key" >> beam.Map(lambda a: (a.record.key, a))
+        judged = (records, marks) | "Join" >> beam.CoGroupByKey() | "Judge" >> beam.FlatMap(_judge)
+        refused.append(judged | "Doubles" >> beam.Filter(_is_refusal))
+        return judged | "Singles" >> beam.Filter(_is_accepted), refused
 
 
 class _Examine:

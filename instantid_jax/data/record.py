@@ -236,64 +236,75 @@ def parse_index_fields(data: bytes, where: str = "record") -> tuple[tuple[int, .
     return tuple(size), tuple(view[4:]), identity[0].decode("utf-8")
 
 
+class _Features:
+    """The features of a serialised example by name and kind. Each method raises `DataError` for one that is missing or of another size."""
+
+    def __init__(self, data: bytes, where: str) -> None:
+        self._feature, self._where = _features(data, where), where
+
+    def _wrong(self, what: str) -> DataError:
+        return DataError(f"{self._where}: the feature {what}; prepare the data set again with this version")
+
+    def blob(self, name: str) -> bytes:
+        values = self._feature[name].bytes_list.value
+        if len(values) != 1:
+            raise self._wrong(f"{name!r} is missing")
+        return values[0]
+
+    def string(self, name: str) -> str:
+        return self.blob(name).decode("utf-8")
+
+    def floats(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        values = np.array(self._feature[name].float_list.value, np.float32)
+        if values.size == 0 or values.size % abs(math.prod(shape)):
+            raise self._wrong(f"{name!r} has {values.size} values for the shape {list(shape)}")
+        return values.reshape(shape)
+
+    def integers(self, name: str, count: int) -> list[int]:
+        values = list(self._feature[name].int64_list.value)
+        if len(values) != count:
+            raise self._wrong(f"{name!r} has {len(values)} values instead of {count}")
+        return values
+
+    def array(self, name: str) -> np.ndarray | None:
+        """An array in `.npy` form, or None where none is stored."""
+        stored = self.blob(name)
+        return decode_array(stored, name) if stored else None
+
+
 def parse_example(data: bytes, where: str = "record") -> Record:
     """A record out of a serialised `tf.train.Example`; arrays are views or copies, the picture stays encoded.
 
     Raises `DataError` naming `where` for bytes that are no such example or lack a feature.
     """
-    feature = _features(data, where)
-    again = "prepare the data set again with this version"
-
-    def blob(name: str) -> bytes:
-        values = feature[name].bytes_list.value
-        if len(values) != 1:
-            raise DataError(f"{where}: the feature {name!r} is missing; {again}")
-        return values[0]
-
-    def string(name: str) -> str:
-        return blob(name).decode("utf-8")
-
-    def floats(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        values = np.array(feature[name].float_list.value, np.float32)
-        if values.size == 0 or values.size % abs(math.prod(shape)):
-            raise DataError(f"{where}: the feature {name!r} has {values.size} values for the shape {list(shape)}; {again}")
-        return values.reshape(shape)
-
-    def integers(name: str, count: int) -> list[int]:
-        values = list(feature[name].int64_list.value)
-        if len(values) != count:
-            raise DataError(f"{where}: the feature {name!r} has {len(values)} values instead of {count}; {again}")
-        return values
-
-    def array(name: str) -> np.ndarray | None:
-        stored = blob(name)
-        return decode_array(stored, name) if stored else None
-
-    mean, logvar, states, pooled, labels = array("latent_mean"), array("latent_logvar"), array("text_states"), array("text_pooled"), blob("labels")
+    f = _Features(data, where)
+    mean, logvar = f.array("latent_mean"), f.array("latent_logvar")
+    states, pooled = f.array("text_states"), f.array("text_pooled")
     latents = text = None
     if mean is not None and logvar is not None:
-        latents = CachedLatents(mean, logvar, View(*integers("latent_view", 6)), string("latent_encoder"))
+        latents = CachedLatents(mean, logvar, View(*f.integers("latent_view", 6)), f.string("latent_encoder"))
     if states is not None and pooled is not None:
-        text = CachedText(states, pooled, string("text_encoder"))
-    height, width = integers("size", 2)
+        text = CachedText(states, pooled, f.string("text_encoder"))
+    height, width = f.integers("size", 2)
+    labels = f.blob("labels")
     return Record(
-        key=string("key"),
-        image=blob("image"),
+        key=f.string("key"),
+        image=f.blob("image"),
         size=(height, width),
-        keypoints=floats("keypoints", (5, 2)),
-        face_box=floats("face_box", (4,)),
-        embeddings=floats("embeddings", (-1, *integers("embedding_dim", 1))),
-        embedder=string("embedder"),
-        embedding_scale=float(floats("embedding_scale", (1,))[0]),
-        det_score=float(floats("det_score", (1,))[0]),
-        caption=string("caption"),
-        caption_identity=string("caption_identity"),
-        identity=string("identity"),
+        keypoints=f.floats("keypoints", (5, 2)),
+        face_box=f.floats("face_box", (4,)),
+        embeddings=f.floats("embeddings", (-1, *f.integers("embedding_dim", 1))),
+        embedder=f.string("embedder"),
+        embedding_scale=float(f.floats("embedding_scale", (1,))[0]),
+        det_score=float(f.floats("det_score", (1,))[0]),
+        caption=f.string("caption"),
+        caption_identity=f.string("caption_identity"),
+        identity=f.string("identity"),
         labels=json.loads(labels) if labels else {},
-        split=string("split"),
-        source=string("source"),
-        licence=string("licence"),
-        landmarks=array("landmarks"),
+        split=f.string("split"),
+        source=f.string("source"),
+        licence=f.string("licence"),
+        landmarks=f.array("landmarks"),
         latents=latents,
         text=text,
     )

@@ -47,26 +47,8 @@ def make_step(objective: Objective, config: TrainConfig, optimizer: optax.Gradie
     A loss above `limit` (a traced scalar, infinity for none), or anything not finite, leaves parameters, optimizer and
     average as they were; `state.step` counts on, so the batch is not met again.
     """
-    rate = learning_rate(config.optimizer, config.steps)
-    parts, root = config.optimizer.accumulate, jax.random.key(config.seed)
-
-    def loss(trained: Tree, frozen: Tree, batch: Any, draws: Any) -> tuple[Array, PerSample]:
-        rows = per_sample(objective, merge(trained, frozen), batch, draws)
-        return jnp.mean(rows.loss), rows
-
-    def gradient(trained: Tree, frozen: Tree, batch: Any, draws: Any) -> tuple[Array, PerSample, Tree]:
-        if parts == 1:
-            (value, rows), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, batch, draws)
-            return value, rows, grads
-
-        def add(total: Any, part: Any) -> tuple[Any, PerSample]:
-            (value, rows), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, *part)
-            return jax.tree.map(jnp.add, total, (value, grads)), rows
-
-        zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, trained)
-        total, rows = jax.lax.scan(add, zeros, jax.tree.map(lambda x: _interleaved(x, parts), (dict(batch), draws)))
-        value, grads = jax.tree.map(lambda x: x / parts, total)
-        return value, PerSample(*(jnp.swapaxes(x, 0, 1).reshape(-1) for x in rows)), grads
+    rate, root = learning_rate(config.optimizer, config.steps), jax.random.key(config.seed)
+    gradient = _make_gradient(objective, config.optimizer.accumulate)
 
     def step(state: TrainState, frozen: Tree, batch: Mapping[str, Array], limit: Array) -> tuple[TrainState, Metrics]:
         draws = draw(objective, jax.random.fold_in(root, state.step), batch)
@@ -97,6 +79,30 @@ def make_step(objective: Objective, config: TrainConfig, optimizer: optax.Gradie
         return fresh, told
 
     return step
+
+
+def _make_gradient(objective: Objective, parts: int) -> Callable[[Tree, Tree, Mapping[str, Array], Any], tuple[Array, PerSample, Tree]]:
+    """``gradient(trained, frozen, batch, draws) -> mean loss, rows, gradient``, of the batch at once or as the mean over `parts` of it."""
+
+    def loss(trained: Tree, frozen: Tree, batch: Any, draws: Any) -> tuple[Array, PerSample]:
+        rows = per_sample(objective, merge(trained, frozen), batch, draws)
+        return jnp.mean(rows.loss), rows
+
+    def whole(trained: Tree, frozen: Tree, batch: Any, draws: Any) -> tuple[Array, PerSample, Tree]:
+        (value, rows), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, batch, draws)
+        return value, rows, grads
+
+    def summed(trained: Tree, frozen: Tree, batch: Any, draws: Any) -> tuple[Array, PerSample, Tree]:
+        def add(total: Any, part: Any) -> tuple[Any, PerSample]:
+            value, rows, grads = whole(trained, frozen, *part)
+            return jax.tree.map(jnp.add, total, (value, grads)), rows
+
+        zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, trained)
+        total, rows = jax.lax.scan(add, zeros, jax.tree.map(lambda x: _interleaved(x, parts), (dict(batch), draws)))
+        value, grads = jax.tree.map(lambda x: x / parts, total)
+        return value, PerSample(*(jnp.swapaxes(x, 0, 1).reshape(-1) for x in rows)), grads
+
+    return whole if parts == 1 else summed
 
 
 def _interleaved(x: Array, parts: int) -> Array:
