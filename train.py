@@ -21,9 +21,10 @@ import tyro
 try:
     from instantid_jax.options import OptionError, check_folder, status_of, wrong_options
     from instantid_jax.parallel.distributed import is_main, join, synchronize
+    from instantid_jax.running import noted_signals
     from instantid_jax.training.checks import prepared_folder
     from instantid_jax.training.config import TrainConfig
-    from instantid_jax.training.loop import BadSteps, Run, noted_signals, train
+    from instantid_jax.training.loop import BadSteps, Run, train
     from instantid_jax.training.plan import dry_run, explain_sharding
     from instantid_jax.training.recipes import load_recipe
     from instantid_jax.training.state import check_start

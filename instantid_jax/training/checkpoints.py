@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ from instantid_jax.parallel.distributed import is_main, synchronize
 from instantid_jax.training.config import CheckpointConfig
 from instantid_jax.training.fingerprint import fingerprints
 
-__all__ = ["CheckpointError", "Checkpoints", "Restored", "lease"]
+__all__ = ["CheckpointError", "Checkpoints", "Restored"]
 
 _policies = ocp.training.preservation_policies
 
@@ -158,21 +157,6 @@ class Checkpoints:
         with quiet_orbax():
             self._orbax.reload()
         _say(f"moved the later checkpoints of steps {', '.join(map(str, steps))} to {aside}")
-
-
-@contextlib.contextmanager
-def lease(folder: Path) -> Iterator[None]:
-    """Within it, no other process trains in `folder`: Orbax would delete what the other is writing. It ends with the process.
-
-    Raises `CheckpointError` where another one holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as problem:
-            raise CheckpointError(f"another process is training in {folder}; wait for it, or give this run another --out") from problem
-        yield
 
 
 class _Damaged(Exception):

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,7 +18,8 @@ import numpy as np
 from instantid_jax.config import to_json
 from instantid_jax.parallel.distributed import agreed, is_main, stacked
 from instantid_jax.paths import flatten
-from instantid_jax.training.checkpoints import Checkpoints, lease
+from instantid_jax.running import EXIT_INTERRUPTED, lease, noted_signals
+from instantid_jax.training.checkpoints import Checkpoints
 from instantid_jax.training.config import TrainConfig
 from instantid_jax.training.logging import Log
 from instantid_jax.training.meters import LossGuard, Meters
@@ -29,10 +27,7 @@ from instantid_jax.training.run import Run
 from instantid_jax.training.samples import sample_grid
 from instantid_jax.training.step import Metrics
 
-__all__ = ["EXIT_INTERRUPTED", "BadSteps", "Run", "noted_signals", "train"]
-
-EXIT_INTERRUPTED = 75
-"""Exit status after SIGTERM or SIGINT: the state is saved, the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+__all__ = ["BadSteps", "Run", "train"]
 
 _ASK_EVERY = 10
 """Steps between the questions among several processes whether one of them was told to stop."""
@@ -45,8 +40,9 @@ class BadSteps(RuntimeError):
 def train(run: Run, *, resume_step: int | None = None, damaged: str = "stop", log: Log | None = None, stopping: list[int] | None = None) -> int:
     """Runs or resumes to the last step. Returns 0, or `EXIT_INTERRUPTED` when told to stop.
 
-    `stopping` is a list from `noted_signals`; without it, signals are noted from here on.
-    Raises `BadSteps` by the guard's policy, `CheckpointError` for a checkpoint that cannot be used or is beyond the last step.
+    `stopping` is a list from `noted_signals`; without it, signals are noted from here on. Raises `BadSteps` by the guard's policy,
+    `CheckpointError` for a checkpoint that cannot be used or is beyond the last step, `LeaseError` where another process trains in the
+    same folder.
     """
     with contextlib.ExitStack() as stack:
         if stopping is None:
@@ -237,27 +233,3 @@ def _changes(before: str, config: TrainConfig) -> list[str]:
     """Settings that differ from those of a checkpoint, as "optimizer/learning_rate: 0.001 is now 0.002"."""
     old, new = flatten(json.loads(before)), flatten(json.loads(to_json(config)))
     return [f"{name}: {old.get(name, 'nothing')} is now {new.get(name, 'nothing')}" for name in {**old, **new} if old.get(name) != new.get(name)]
-
-
-@contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """Within it, SIGTERM and SIGINT are noted in the list instead of ending the process; a second SIGINT ends it at once.
-
-    Outside the main thread, where Python knows no signals, nothing is noted.
-    """
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-
-    def note(number: int, _: Any) -> None:
-        if number == signal.SIGINT and signal.SIGINT in noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield noted
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

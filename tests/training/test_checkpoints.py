@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instantid_jax.training.checkpoints import CheckpointError, Checkpoints, lease
+from instantid_jax.training.checkpoints import CheckpointError, Checkpoints
 from instantid_jax.training.config import CheckpointConfig
 
 EXTRA = {"data": {"position": 8}, "guard": {"mean": None, "recent": [], "bad": 0}, "config": "{}"}
@@ -363,18 +363,3 @@ def test_a_folder_that_cannot_be_one_is_named(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(CheckpointError, match=r"checkpoints cannot be used for checkpoints"):
         opened(tmp_path)
-
-
-def test_two_trainers_of_one_folder(tmp_path):
-    code = (
-        "import sys, pathlib; from instantid_jax.training.checkpoints import lease, CheckpointError\n"
-        "try:\n    lease(pathlib.Path(sys.argv[1])).__enter__()\nexcept CheckpointError as e:\n    print(e)\nelse:\n    print('free')"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
-
-    def told():
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    with lease(tmp_path / "run"):
-        assert "another process is training in" in told()
-    assert told() == "free\n"

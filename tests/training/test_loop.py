@@ -13,9 +13,10 @@ import small
 
 from instantid_jax.data.record import DataError
 from instantid_jax.data.sources import MemorySource
+from instantid_jax.running import EXIT_INTERRUPTED, LeaseError, lease, noted_signals
 from instantid_jax.training.checkpoints import CheckpointError
 from instantid_jax.training.config import TrainConfig
-from instantid_jax.training.loop import EXIT_INTERRUPTED, BadSteps, Run, noted_signals, train
+from instantid_jax.training.loop import BadSteps, Run, train
 
 
 def bits(tree):
@@ -349,8 +350,6 @@ def test_the_weights_of_a_finished_run_are_a_start_for_others(make_run, weights)
 
 
 def test_two_runs_of_one_folder_exclude_each_other(make_run):
-    from instantid_jax.training.checkpoints import lease
-
     run = make_run()
-    with lease(run.out), pytest.raises(CheckpointError, match="another process is training in"):
+    with lease(run.out), pytest.raises(LeaseError, match="another process is training in"):
         train(run)
