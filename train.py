@@ -20,7 +20,7 @@ import tyro
 
 try:
     from instantid_jax.options import OptionError, check_folder, status_of, wrong_options
-    from instantid_jax.parallel.distributed import is_main, join, synchronize
+    from instantid_jax.parallel.distributed import is_main, join, leave, synchronize
     from instantid_jax.running import noted_signals
     from instantid_jax.training.checks import prepared_folder
     from instantid_jax.training.config import TrainConfig
@@ -46,8 +46,8 @@ class Command:
     resume_damaged: Literal["stop", "previous"] = "stop"
     """Where the newest checkpoint is damaged: stop, or go on from the one before."""
     distributed: bool = False
-    """Join the other processes of a pod or cluster (`jax.distributed`); on TPU pods and Slurm all is found by itself, elsewhere give
-    the three below."""
+    """Join the other processes of a pod or cluster (`jax.distributed`). TPU pods, Slurm and the environment of docs/launch.md say
+    where; elsewhere give the three below."""
     coordinator: str | None = None
     """Address "host:port" of process 0."""
     processes: int | None = None
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         return run(command)
     except (ValueError, OSError, BadSteps) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return status_of(error)
+        return leave(status_of(error))
 
 
 def run(command: Command) -> int:
@@ -102,7 +102,7 @@ def prepare_data(config: TrainConfig) -> None:
                 print(f"preparing data: {line}", flush=True)
                 if prepare(shlex.split(line)):
                     raise ValueError(f"the data could not be prepared by: python -m instantid_jax.data.prepare {line}")
-    synchronize("data")
+    synchronize("data", timeout=7 * 24 * 3600)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from instantid_jax.models import Network
 from instantid_jax.models.encoder import AddedConditions, IdentityContext, TextContext
 from instantid_jax.models.unet import Residuals
 
-__all__ = ["Conditions", "Denoiser", "control_masks", "decode", "denoise", "encode_identity", "encode_text", "initial_noise", "watching"]
+__all__ = ["Conditions", "Denoiser", "Inputs", "control_masks", "decode", "denoise", "encode_identity", "encode_text", "initial_noise", "watching"]
 
 Parameters = dict[str, Any]
 MaskOfSize = dict[tuple[int, int], Array]
@@ -64,6 +64,19 @@ class Conditions(NamedTuple):
     """[steps]: strength of the image adapter in each step."""
     control_mask: Array | None
     """[1 or B, H, W] in [0, 1]: where IdentityNet and the image adapter act; None is everywhere."""
+
+
+class Inputs(NamedTuple):
+    """The arrays that `denoise` takes beside the weights, in its order."""
+
+    conditions: Conditions
+    latents: Array
+    """Noise [b, h, w, c] at the plan's first noise level."""
+    seeds: Array
+    """[b] uint32."""
+    plan: Plan
+    guidance_scale: Array
+    guidance_rescale: Array
 
 
 @functools.partial(jax.jit, static_argnames=("network",))

@@ -17,17 +17,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from instantid_jax import denoise as programs
 from instantid_jax.checkpoint import load_weights
 from instantid_jax.config import ComputeConfig, IdentityNetConfig, ModelConfig, from_json
-from instantid_jax.denoise import Conditions, Denoiser
+from instantid_jax.denoise import Conditions, Denoiser, Inputs
 from instantid_jax.diffusion import control_window, make_sampler
 from instantid_jax.foreign import CALL, LOADING, METHODS, refusal
 from instantid_jax.models import FROZEN, TRAINABLE, Network, build_networks
 from instantid_jax.models.encoder import AddedConditions
 from instantid_jax.models.identitynet import IdentityNet
+from instantid_jax.parallel.distributed import put_whole, to_host
+from instantid_jax.parallel.mesh import batch_sharding
+from instantid_jax.parallel.rules import shardings
 from instantid_jax.request import CHECKED, PipelineError, Request
 from instantid_jax.text import Tokenizer, TokenizerWarning
 from instantid_jax.text.weighting import apply_weights, encode_weighted, flatten_groups
@@ -78,6 +82,8 @@ class InstantIDPipeline:
         self.networks = build_networks(config, compute, dataclasses.replace(compute, dtype=vae_dtype))
         self.controlnets = tuple(controlnets)
         self.ip_adapter_scale = 0.5
+        places = {leaf.sharding for leaf in jax.tree.leaves(parameters) if isinstance(leaf, jax.Array)}
+        self.mesh = next((place.mesh for place in places if isinstance(place, NamedSharding)), None)
         missing = [name for name in NETWORKS if name not in parameters]
         if missing:
             raise PipelineError(f"the model lacks the weights of {', '.join(missing)}")
@@ -96,7 +102,8 @@ class InstantIDPipeline:
         """Loads what ``python -m convert_weights import`` wrote.
 
         `dtype` is that of weights and arithmetic: "float32", "bfloat16" or "float16". With a `mesh` the weights are
-        spread over its devices. `controlnets` are folders that ``import --controlnet`` wrote.
+        spread over its devices, and the pictures of a call where they divide evenly; of several processes all make the same
+        calls, and all get all pictures. `controlnets` are folders that ``import --controlnet`` wrote.
         """
         _refuse(cls.from_pretrained, foreign, LOADING, "from_pretrained")
         directory, compute = Path(directory), ComputeConfig(dtype=dtype, attention=attention)
@@ -134,7 +141,7 @@ class InstantIDPipeline:
             states, pooled = [], None
             for tower, tokenizer, texts in zip(("text_encoder", "text_encoder_2"), self.tokenizers, (first, second), strict=True):
                 report_truncation(tokenizer, texts if tower == "text_encoder" or second != first else [])
-                out = programs.encode_text(self.networks[tower], self.parameters[tower], jnp.asarray(tokenizer.encode(texts)))
+                out = self._encoded(tower, tokenizer.encode(texts))
                 states.append(out.hidden[-(skip + 2)])
                 pooled = out.pooled
             assert pooled is not None
@@ -150,6 +157,10 @@ class InstantIDPipeline:
             states, pooled = jnp.concatenate([empty, states]), jnp.concatenate([empty_pooled, pooled])
         return TextConditions(states, pooled, None)
 
+    def _encoded(self, tower: str, ids: np.ndarray) -> Any:
+        """States of one text tower, on this process's devices."""
+        return _near(programs.encode_text(self.networks[tower], self.parameters[tower], ids))
+
     def _encode_weighted(self, request: Request) -> TextConditions:
         """The long-prompt path of the published full pipeline: weights, BREAK, any length; padding is masked out."""
         negatives = request.negative_prompts or [""] * len(request.prompts)
@@ -158,10 +169,7 @@ class InstantIDPipeline:
         groups = max(half.ids.shape[0] for half in halves)
         states, pooled, masks = [], [], []
         for half in halves:
-            towers = [
-                programs.encode_text(self.networks[tower], self.parameters[tower], jnp.asarray(half.ids))
-                for tower in ("text_encoder", "text_encoder_2")
-            ]
+            towers = [self._encoded(tower, half.ids) for tower in ("text_encoder", "text_encoder_2")]
             hidden = jnp.concatenate([out.hidden[-2] for out in towers], axis=-1)
             flat, mask = flatten_groups(apply_weights(hidden, half.weights, half.lengths), half.lengths)
             short = groups * 77 - flat.shape[0]
@@ -175,7 +183,7 @@ class InstantIDPipeline:
         embeddings = np.asarray(embeddings, np.float32)
         if guided:
             embeddings = np.concatenate([np.zeros_like(embeddings), embeddings])
-        return programs.encode_identity(self.networks["resampler"], self.parameters["resampler"], jnp.asarray(embeddings))
+        return _near(programs.encode_identity(self.networks["resampler"], self.parameters["resampler"], embeddings))
 
     def __call__(
         self,
@@ -249,23 +257,50 @@ class InstantIDPipeline:
         if on_step is not None and not callable(on_step):
             raise PipelineError(f"on_step must be a function of the number of the finished model call, not {on_step!r}")
         request = Request.check(self.config, **arguments, nets=1 + len(self.controlnets))
+        inputs = self.prepare(request, image, image_embeds, control_mask, latents, (guidance_scale, guidance_rescale))
+        denoiser, weights = self.denoiser()
+        with programs.watching(on_step) as watched:
+            out = programs.denoise(denoiser, request.solver, request.guided, weights, *self._spread(inputs), watched)
+        return PipelineOutput(self._finish(out, output_type))
+
+    def denoiser(self) -> tuple[Denoiser, dict[str, Any]]:
+        """The networks of every denoising step, and their weights."""
+        nets, weights = tuple(n for n, _ in self.controlnets), {k: self.parameters[k] for k in ("unet", "adapter", "identitynet")}
+        denoiser = Denoiser(self.networks["unet"], self.networks["adapter"], self.networks["identitynet"], nets)
+        return denoiser, weights | {"controlnets": tuple(p for _, p in self.controlnets)}
+
+    def prepare(
+        self,
+        request: Request,
+        image: Any,
+        image_embeds: Any,
+        control_mask: Any = None,
+        latents: Any = None,
+        guidance: tuple[float, float] = (5.0, 0.0),
+    ) -> Inputs:
+        """Everything that `denoise` takes for a checked request; the rest is as in the call, `guidance` its scale and rescale."""
         images = request.control_images(image, self.config.vae.downscale)
         size = images[0].shape[0], images[0].shape[1]
         embeddings = request.embeddings(image_embeds, self.config.resampler.embedding_dim)
-        solver, plan = request.solver, request.plan
         down = self.config.vae.downscale
         shape = (size[0] // down, size[1] // down, self.config.unet.in_channels)
         mask = request.mask(control_mask, size)
-        seeds = request.seeds()
+        seeds, plan = request.seeds(), request.plan
         noise = programs.initial_noise(seeds, shape) if latents is None else request.latents(latents, shape)
         conditions = self._conditions(request, images, embeddings, mask)
-        denoiser = Denoiser(self.networks["unet"], self.networks["adapter"], self.networks["identitynet"], tuple(n for n, _ in self.controlnets))
-        weights = {k: self.parameters[k] for k in ("unet", "adapter", "identitynet")} | {"controlnets": tuple(p for _, p in self.controlnets)}
-        scales = jnp.float32(guidance_scale), jnp.float32(guidance_rescale)
-        start = jnp.asarray(noise) * plan.init_noise_sigma
-        with programs.watching(on_step) as watched:
-            out = programs.denoise(denoiser, solver, request.guided, weights, conditions, start, seeds, plan, *scales, watched)
-        return PipelineOutput(self._finish(out, output_type))
+        return Inputs(conditions, jnp.asarray(noise) * plan.init_noise_sigma, jnp.asarray(seeds), plan, *map(jnp.float32, guidance))
+
+    def _spread(self, inputs: Inputs) -> Inputs:
+        """With weights spread over a mesh: the pictures of a batch too, where their number can be divided by its data and fsdp axes."""
+        if self.mesh is None:
+            return inputs
+        count, conditions = len(inputs.seeds), inputs.conditions
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        rows = batch_sharding(self.mesh) if count % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0 else whole
+        places = jax.tree.map(lambda _: whole, inputs)
+        split = {name: jax.tree.map(lambda _: rows, getattr(conditions, name)) for name in ("text", "text_mask", "added", "identity_tokens")}
+        places = places._replace(conditions=places.conditions._replace(**split), latents=rows, seeds=rows)
+        return jax.tree.map(put_whole, inputs, places)
 
     def _conditions(self, request: Request, images: list[np.ndarray], embeddings: np.ndarray, mask: np.ndarray | None) -> Conditions:
         text = self.encode_text(request)
@@ -292,18 +327,23 @@ class InstantIDPipeline:
         )
 
     def _finish(self, latents: jax.Array, output_type: str) -> Any:
-        if not np.isfinite(denoised := np.asarray(latents)).all():
+        if not np.isfinite(denoised := to_host(latents)).all():
             raise PipelineError(
                 "the denoising networks gave values that are not finite; load the model with dtype='float32' or 'bfloat16', or check its weights"
             )
         if output_type == "latent":
             return denoised
-        pictures = np.asarray(programs.decode(self.networks["vae"], self.parameters["vae"], latents))
+        pictures = to_host(programs.decode(self.networks["vae"], self.parameters["vae"], latents))
         if not np.isfinite(pictures).all():
             raise PipelineError("the autoencoder gave values that are not finite; load the model with dtype='float32' or 'bfloat16'")
         if output_type == "np":
             return pictures
         return [Image.fromarray(np.round(p * 255).astype(np.uint8)) for p in pictures]
+
+
+def _near(tree: Any) -> Any:
+    """Results as arrays of this process alone, where other processes take part in making them."""
+    return tree if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)) else to_host(tree)
 
 
 def _refuse(function: Callable[..., Any], foreign: dict[str, Any], instead: dict[str, str], owner: str) -> None:
@@ -375,6 +415,4 @@ def _load(directory: Path, network: Network, name: str, dtype: str, mesh: jax.sh
     tree = network.from_disk(load_weights(directory, dtype=dtype), name)
     if mesh is None:
         return jax.device_put(tree)
-    from instantid_jax.parallel.rules import shardings  # only multi-device use needs the rules
-
-    return jax.device_put(tree, shardings(network.abstract, mesh))
+    return jax.tree.map(put_whole, tree, shardings(network.abstract, mesh))

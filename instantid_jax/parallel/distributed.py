@@ -5,6 +5,13 @@ With one process every function is trivial and costs nothing.
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
 from typing import Any
 
 import jax
@@ -12,23 +19,104 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from instantid_jax.options import OptionError
+from instantid_jax.parallel.environment import Place, place_of
 
-__all__ = ["agreed", "is_main", "join", "stacked", "synchronize", "to_host"]
+__all__ = ["MissingProcess", "agreed", "is_main", "join", "leave", "put_whole", "stacked", "synchronize", "to_host"]
+
+START = 300.0
+"""Seconds that processes wait for each other at the start."""
+
+BARRIER = 1800.0
+"""Seconds that they wait for each other later on, where nothing says otherwise."""
+
+_GRACE = 30.0  # JAX's own time-out kills without a word, so ours comes first.
+_LEAVING = 5.0  # seconds that process 0 lets others leave before it
+_rounds: collections.Counter[str] = collections.Counter()
 
 
-def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Joins the other processes. On TPU pods, Slurm and Open MPI nothing need be given; elsewhere the address ("host:port") of
-    process 0, how many processes there are, and which one this is. Call it before anything else of JAX.
-    Raises `OptionError` for a part of these, ValueError where nobody is found.
+class MissingProcess(TimeoutError):
+    """A process did not come to where the others wait; the message names it."""
+
+
+def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, timeout: float = START) -> None:
+    """Joins the other processes; call it before anything else of JAX.
+
+    Given are the address ("host:port") of process 0, how many processes there are and which one this is, or nothing: then the
+    environment says so (`environment`), or JAX finds it on TPU pods, Slurm and Open MPI.
+
+    Raises `OptionError` for a part of these, ValueError where it is not known. Where the others do not come within `timeout` seconds the process ends with exit
+    status 1 and one sentence: JAX waits in native code that nothing else can end.
     """
-    if (processes is None) != (process is None) or (processes is not None and coordinator is None):
+    given = (coordinator, processes, process)
+    if None in given and given != (None, None, None):
         raise OptionError("name coordinator, number of processes and this process's number together, or none of them")
+    place = place_of(os.environ) if coordinator is None or processes is None or process is None else Place(coordinator, processes, process)
+    if place is not None and not 0 <= place.process < place.processes:
+        raise ValueError(f"there is no process {place.process} of {place.processes}; they are counted from 0")
+    timer = threading.Timer(timeout, _nobody_came, [place, timeout])
+    timer.daemon = True
+    timer.start()
+    # All are needed to know the place, so with one JAX need not look for another.
+    method = None if place is None else "deactivate"
     try:
-        jax.distributed.initialize(coordinator, processes, process)
+        jax.distributed.initialize(*(place or given), cluster_detection_method=method, initialization_timeout=int(timeout + _GRACE))
     except (ValueError, RuntimeError) as problem:
-        if processes is None:
-            raise ValueError("no TPU pod or cluster was found around this process; name coordinator, processes and process") from problem
-        raise ValueError(f"process {process} of {processes} could not join those at {coordinator} ({problem})") from problem
+        where = "" if place is None else f" at {place.coordinator}"
+        hint = "give --coordinator, --processes and --process, or set JAX_COORDINATOR_ADDRESS, JAX_PROCESS_COUNT and JAX_PROCESS_ID"
+        raise ValueError(f"the processes could not join{where} ({str(problem).strip().splitlines()[0]}); {hint}") from problem
+    finally:
+        timer.cancel()
+
+
+def _nobody_came(place: Place | None, timeout: float) -> None:
+    """Says who was waited for in vain, and ends the process."""
+    if place is None:
+        what = "the other processes did not come"
+    elif place.process == 0:
+        what = f"of {place.processes} processes not all came to {place.coordinator}"
+    elif _answers(place.coordinator):
+        what = f"process 0 answers at {place.coordinator}, but not all of {place.processes} processes came"
+    else:
+        what = f"process 0 is missing: nobody answers at {place.coordinator}"
+    print(f"process {place.process if place else '?'}: {what} within {timeout:g} s; look for their first error", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def leave(status: int) -> int:
+    """Ends one of several joined processes with an exit status that is not 0; does nothing for one process alone, or for 0.
+
+    JAX would wait at the exit for processes that may be gone, then abort. Process 0, with which the others lose their
+    coordinator, lets those who leave too go first. Whoever stays notices at the next barrier, or as JAX misses the heartbeat.
+    """
+    if status and jax.distributed.is_initialized():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client, own = _client(), jax.process_index()
+            client.key_value_set(f"instantid_jax/left/{own}", str(own), allow_overwrite=True)
+            end = time.monotonic() + _LEAVING
+            while own == 0 and time.monotonic() < end and len(client.key_value_dir_get("instantid_jax/left")) < jax.process_count():
+                time.sleep(0.1)
+            if own == 0:
+                time.sleep(0.2)  # they have said so just before they end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _client() -> Any:
+    """JAX's client of the service through which processes meet."""
+    from orbax.checkpoint import multihost  # has the one known way to it
+
+    return multihost.get_jax_distributed_client()
 
 
 def is_main() -> bool:
@@ -36,10 +124,32 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def synchronize(name: str) -> None:
-    """Returns when all processes are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def synchronize(name: str, timeout: float = BARRIER) -> None:
+    """Returns when all processes are here. Raises `MissingProcess` where one is not within `timeout` seconds; the message names it."""
+    count = jax.process_count()
+    if count == 1:
+        return
+    client, own = _client(), jax.process_index()
+    _rounds[name] += 1
+    place = f"instantid_jax/{name}/{_rounds[name]}"
+    client.key_value_set(f"{place}/{own}", str(own))
+    try:
+        client.wait_at_barrier(place, round(timeout * 1000))
+    except jax.errors.JaxRuntimeError as problem:
+        raise MissingProcess(f"barrier {name!r}: {_who(client, place, count, own, timeout)}") from problem
+    client.key_value_delete(f"{place}/{own}")
+
+
+def _who(client: Any, place: str, count: int, own: int, timeout: float) -> str:
+    """Who is missing at a barrier that failed."""
+    try:
+        there = {int(value) for _, value in client.key_value_dir_get(place)}
+    except jax.errors.JaxRuntimeError:
+        return "process 0 is gone, which keeps the list of those who are there"
+    if missing := sorted(set(range(count)) - there):
+        these = ", ".join(map(str, missing))
+        return f"process{'es' if len(missing) > 1 else ''} {these} of {count} did not come within {timeout:g} s; look for their first error"
+    return f"process {own} of {count} came when others had given up after {timeout:g} s, or one of them came in that moment"
 
 
 def agreed(flag: bool) -> bool:
@@ -52,6 +162,14 @@ def agreed(flag: bool) -> bool:
 def stacked(array: np.ndarray) -> np.ndarray:
     """Every process's array, [processes, ...]; all must ask together."""
     return array[None] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(array)).reshape(-1, *array.shape)
+
+
+def put_whole(array: Any, place: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process has whole, as a global one in this place; unlike `jax.device_put` it compares nothing between processes."""
+    if place.is_fully_addressable:
+        return jax.device_put(array, place)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, place, lambda part: host[part])
 
 
 def to_host(tree: Any) -> Any:

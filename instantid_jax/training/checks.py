@@ -46,6 +46,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "mesh.data": (1, math.inf),
     "mesh.fsdp": (1, math.inf),
     "mesh.tensor": (1, math.inf),
+    "mesh.dcn_data": (1, math.inf),
     "checkpoint.every": (1, math.inf),
     "checkpoint.keep": (1, math.inf),
     "checkpoint.keep_best": (0, math.inf),

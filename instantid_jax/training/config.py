@@ -150,11 +150,14 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; their product is the number of devices."""
+    """Devices along each mesh axis; the product of all four is the number of devices."""
 
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+    dcn_data: int = 1
+    """Slices that a slower network joins, or processes where the devices know no slices: each holds data x fsdp x tensor devices and
+    its part of the batch; only gradients cross."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,9 +288,9 @@ class TrainConfig:
 
     def _check_parts(self) -> None:
         batch, parts, loss, optimizer = self.loader.global_batch, self.optimizer.accumulate, self.loss, self.optimizer
-        shards = self.mesh.data * self.mesh.fsdp
+        shards = self.mesh.dcn_data * self.mesh.data * self.mesh.fsdp
         if batch % (parts * shards):
-            raise ConfigError(f"TrainConfig: loader.global_batch {batch} must be divisible by accumulate x data x fsdp = {parts * shards}")
+            raise ConfigError(f"TrainConfig: loader.global_batch {batch} must be divisible by accumulate x dcn_data x data x fsdp = {parts * shards}")
         if optimizer.warmup > self.steps:
             raise ConfigError(f"TrainConfig: optimizer.warmup {optimizer.warmup} is longer than the run of {self.steps} steps")
         if optimizer.name == "prodigy" and optimizer.learning_rate < 0.01:

@@ -5,6 +5,7 @@ Neither needs data or weights, and nothing is allocated.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -21,7 +22,7 @@ __all__ = ["dry_run", "explain_sharding"]
 
 def dry_run(config: TrainConfig) -> str:
     """Compiles the step of a run for the devices at hand and tells its memory and FLOPs; trains nothing."""
-    program = Program(config, make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
+    program = Program(config, make_mesh(**dataclasses.asdict(config.mesh)))
     step = program.compiled(program.abstract_state, program.abstract_frozen, program.abstract_batch())
     memory: Any = step.call.memory_analysis()
     costs: Any = step.call.cost_analysis() or {}
@@ -43,7 +44,7 @@ def dry_run(config: TrainConfig) -> str:
 
 def explain_sharding(config: TrainConfig) -> str:
     """A table of path, shape, partition and bytes a device for every weight of a run, on any number of devices."""
-    mesh = abstract_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = abstract_mesh(**dataclasses.asdict(config.mesh))
     program = Program(config, mesh)
     rows = [("", "path", "shape", "partition", "bytes a device")]
     totals: dict[str, int] = {}

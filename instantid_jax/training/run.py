@@ -46,7 +46,7 @@ class Run:
         program: Program | None = None,
     ):
         self.config, self.out = config, Path(config.out)
-        self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        self.mesh = make_mesh(**dataclasses.asdict(config.mesh))
         self.program = program or Program(config, self.mesh)
         self.networks, self.objective = self.program.networks, self.program.objective
         self.share = batch_share(self.mesh, config.loader.global_batch)

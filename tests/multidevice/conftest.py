@@ -1,6 +1,6 @@
-"""The tests of training lend their small model and their records."""
+"""The tests of training lend their small model and their records; `launched` starts processes."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "training"), str(Path(__file__).parent)]

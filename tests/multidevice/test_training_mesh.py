@@ -1,35 +1,21 @@
-"""One device, eight simulated devices and two processes train alike; what one saved, another goes on with."""
+"""One device, eight simulated devices, two and four processes train alike; what one saved, another goes on with."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import launched
 import numpy as np
 import pytest
 import small
 
-ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("training_worker.py")
-# Compiling less well takes half as long, and rounds as any other order of sums does.
-QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
 
 
-def start(out, weights, mesh, devices, steps=4, **fields):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICKLY}"}
-    argument = json.dumps({"out": str(out), "weights": str(weights), "mesh_shape": mesh, "steps": steps, **fields})
-    return subprocess.Popen(
-        [sys.executable, str(WORKER), argument], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(*processes):
-    outputs = [process.communicate(timeout=500)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
+def start(out, weights, mesh, devices, steps=4, place=None, **fields):
+    argument = {"out": str(out), "weights": str(weights), "mesh_shape": mesh, "steps": steps, "joined": place is not None, **fields}
+    return launched.start(WORKER, argument, devices, **(place or {}))
 
 
 class Told:
@@ -72,13 +58,13 @@ def weights(tmp_path_factory):
 def one(tmp_path_factory, weights):
     """One of eight devices; one record is bad."""
     out = tmp_path_factory.mktemp("one") / "run"
-    finish(start(out, weights, (1, 1, 1), 8, bad=[5]))
+    launched.finish(start(out, weights, (1, 1, 1), 8, bad=[5]))
     return Told(out)
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_eight_devices_are_one(name, one, weights, tmp_path):
-    finish(start(tmp_path / "run", weights, MESHES[name], 8, bad=[5]))
+    launched.finish(start(tmp_path / "run", weights, MESHES[name], 8, bad=[5]))
     told = Told(tmp_path / "run")
     assert told.order == one.order
     assert [row["samples"] for row in told.bad] == [row["samples"] for row in one.bad] == [[5]]
@@ -88,9 +74,9 @@ def test_eight_devices_are_one(name, one, weights, tmp_path):
 
 def denoise(tmp_path, names, part="whole"):
     weights = small.write_weights(tmp_path / "weights", small.PARTS[part]("unused", "unused"))
-    finish(start(tmp_path / "one", weights, (1, 1, 1), 8, steps=2, part=part))
+    launched.finish(start(tmp_path / "one", weights, (1, 1, 1), 8, steps=2, part=part))
     for name in names:
-        finish(start(tmp_path / name, weights, MESHES[name], 8, steps=2, part=part))
+        launched.finish(start(tmp_path / name, weights, MESHES[name], 8, steps=2, part=part))
         told = Told(tmp_path / name)
         assert (told.processes[0]["split"] > 0.1) == (name != "data")
         told.alike(Told(tmp_path / "one"))
@@ -108,36 +94,29 @@ def test_instantid_on_every_mesh_is_instantid_on_one_device(name, tmp_path):
 
 @pytest.mark.parametrize(("first", "second"), [("fsdp", "mixed"), pytest.param("mixed", "data", marks=pytest.mark.slow)])
 def test_a_run_goes_on_upon_another_mesh(first, second, one, weights, tmp_path):
-    finish(start(tmp_path / "run", weights, MESHES[first], 8, bad=[5]))
+    launched.finish(start(tmp_path / "run", weights, MESHES[first], 8, bad=[5]))
     before = Told(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-    finish(start(tmp_path / "run", weights, MESHES[second], 8, bad=[5]))
+    launched.finish(start(tmp_path / "run", weights, MESHES[second], 8, bad=[5]))
     after = Told(tmp_path / "run")
     assert after.order == before.order[2:] == one.order[2:]
     after.alike(one)
 
 
-def port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def two_processes(out, weights, mesh, steps=4):
-    address = f"localhost:{port()}"
-    finish(*(start(out, weights, mesh, 2, steps, bad=[5], processes=2, process=p, coordinator=address) for p in (0, 1)))
+def several(count, out, weights, mesh, steps=4):
+    launched.finish(*(start(out, weights, mesh, 2, steps, place, bad=[5]) for place in launched.places(count)))
     return Told(out)
 
 
 def test_two_processes_are_one_and_one_goes_on_with_what_two_saved(one, weights, tmp_path):
-    two = two_processes(tmp_path / "two", weights, (2, 2, 1))
+    two = several(2, tmp_path / "two", weights, (1, 2, 1, 2))  # each process is a slice
     assert len(two.processes) == 2 and [tuple(told["share"]) for told in two.processes] == [(0, 2), (1, 2)]
     assert two.order == one.order
     assert [row["samples"] for row in two.bad] == [[5]]
     two.alike(one)
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "4")
     (tmp_path / "two" / "told-1.json").unlink()
-    finish(start(tmp_path / "two", weights, (1, 1, 1), 1, bad=[5]))
+    launched.finish(start(tmp_path / "two", weights, (1, 1, 1), 1, bad=[5]))
     again = Told(tmp_path / "two")
     assert again.order == one.order[2:]
     again.alike(one)
@@ -148,6 +127,20 @@ def test_two_processes_go_on_with_what_one_saved(one, weights, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(one.out, out)
     shutil.rmtree(out / "checkpoints" / "4")
-    two = two_processes(out, weights, (1, 2, 2))  # both processes feed half of the batch
+    two = several(2, out, weights, (1, 2, 2))  # both processes feed half of the batch
     assert two.order == one.order[2:]
     two.alike(one)
+
+
+@pytest.mark.slow
+def test_four_processes_are_one_and_two_go_on_with_what_four_saved(one, weights, tmp_path):
+    four = several(4, tmp_path / "four", weights, (1, 2, 1, 4))
+    assert [tuple(told["share"]) for told in four.processes] == [(i, 4) for i in range(4)]
+    assert four.order == one.order
+    four.alike(one)
+    shutil.rmtree(tmp_path / "four" / "checkpoints" / "4")
+    for i in (2, 3):
+        (tmp_path / "four" / f"told-{i}.json").unlink()
+    again = several(2, tmp_path / "four", weights, (1, 2, 2))
+    assert again.order == one.order[2:]
+    again.alike(one)

@@ -25,14 +25,15 @@ jax.config.update("jax_default_matmul_precision", "highest")
 rules.SMALL = 2
 
 
-def main(out, weights, mesh_shape, steps, part="quick", bad=(), processes=1, process=0, coordinator=None):
-    if processes > 1:
-        join(coordinator, processes, process)
+def main(out, weights, mesh_shape, steps, part="quick", bad=(), joined=False):
+    if joined:
+        join()
+    process = jax.process_index()
     if tuple(mesh_shape) == (1, 1, 1):  # one of several devices
         one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), mesh.AXES)
-        run_module.make_mesh = lambda *_: one
-    data, fsdp, tensor = mesh_shape
-    fields = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor, "steps": steps, "optimizer__eps": 1e-3}
+        run_module.make_mesh = lambda **_: one
+    axes = zip(("data", "fsdp", "tensor", "dcn_data"), mesh_shape, strict=False)
+    fields = {f"mesh__{axis}": size for axis, size in axes} | {"steps": steps, "optimizer__eps": 1e-3}
     records = [small.record(i) for i in range(24)]
     for i in bad:
         records[i].embeddings[:] = np.inf
