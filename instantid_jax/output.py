@@ -24,9 +24,11 @@ from instantid_jax.face import load_photo
 
 __all__ = [
     "contact_sheet",
+    "file_digest",
     "free_path",
     "parameters_text",
     "read_settings",
+    "run_settings",
     "save_png",
     "save_run",
     "weights_digest",
@@ -71,7 +73,10 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:
-        image.save(temporary, format="PNG", pnginfo=info, compress_level=6)
+        with temporary.open("wb") as file:
+            image.save(file, format="PNG", pnginfo=info, compress_level=6)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -106,7 +111,7 @@ def weights_digest(folder: Path) -> dict[str, str]:
     """{"weights_sha256": ...} of the manifest that `convert_weights` wrote, or of a small model's one file; nothing for other folders."""
     for name in ("manifest.json", "weights.safetensors"):
         if (folder / name).is_file():
-            return {"weights_sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()}
+            return {"weights_sha256": file_digest(folder / name)}
     return {}
 
 
@@ -124,9 +129,7 @@ def save_run(
     `settings` the last part is stored. Picture i is named by its own seed, ``settings["seed"] + i``. Returns the paths, the
     sheet last.
     """
-    settings = {k: without_folders(v) for k, v in settings.items()}
-    settings["size"] = f"{images[0].width}x{images[0].height}"
-    settings |= {f"{kind}_sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths] for kind, paths in inputs.items() if paths}
+    settings = run_settings(images[0].size, inputs, settings)
     seeds = [(settings["seed"] + i) % 2**32 for i in range(len(images))]  # they wrap as the pipeline's do
     paths = [free_path(out / f"{seed:06d}.png", settings | {"seed": seed}) for seed in seeds]
     for path, image, seed in zip(paths, images, seeds, strict=True):
@@ -137,6 +140,18 @@ def save_run(
     sheet = free_path(out / "sheet.png", settings)
     save_png(contact_sheet(shown), sheet, settings)
     return [*paths, sheet]
+
+
+def run_settings(size: tuple[int, int], inputs: Mapping[str, Sequence[Path]], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they are stored: of paths the last part, the pictures' (width, height), hashes of the files that went in."""
+    told = {k: without_folders(v) for k, v in settings.items()} | {"size": f"{size[0]}x{size[1]}"}
+    return told | {f"{kind}_sha256": [file_digest(path) for path in paths] for kind, paths in inputs.items() if paths}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def without_folders(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from instantid_jax.request import read_sampler_options
 
-__all__ = ["SampleOptions", "SamplerName"]
+__all__ = ["RUN_OPTIONS", "SampleOptions", "SamplerName"]
 
 SamplerName = Literal["euler", "euler_a", "heun", "ddim", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "unipc", "lcm"]
 
@@ -26,6 +26,10 @@ _SMALL: dict[str, Any] = {
     "identitynet_scale": 1.0,
     "ip_adapter_scale": 1.0,
 }
+
+
+RUN_OPTIONS = ("out", "jobs", "distributed", "coordinator", "processes", "process")
+"""Options that say where and how, and decide nothing of a picture."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,12 @@ class SampleOptions:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # Type of weights and arithmetic.
     out: Path = Path("outputs")  # Folder for the pictures and the contact sheet. Pictures with other settings stay: new ones get a number.
 
+    jobs: Path | None = None  # Many pictures: a JSONL file of faces, prompts, seeds and settings (docs/jobs.md). The other options are its defaults.
+    distributed: bool = False  # With --jobs: share it with other processes, found as train.py finds them, or by the three below.
+    coordinator: str | None = None  # Address "host:port" of process 0.
+    processes: int | None = None  # How many processes there are.
+    process: int | None = None  # Which one this is, from 0.
+
     @property
     def is_demo(self) -> bool:
         """Whether nothing says whom to draw: then it is the people who come along, and several prompts where none is given."""
@@ -75,6 +85,8 @@ class SampleOptions:
 
     def check(self) -> None:
         """Raises ValueError for options that do not go together."""
+        if self.distributed and self.jobs is None:
+            raise ValueError("--distributed goes with --jobs, whose pictures the processes share")
         if len(self.control_image) != len(self.controlnet) or len(self.control_scale) not in (0, len(self.controlnet)):
             raise ValueError("--control-image and --control-scale go with --controlnet: one of each for every ControlNet")
         if self.weights is None and self.controlnet:

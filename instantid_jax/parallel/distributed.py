@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from instantid_jax.options import OptionError
 from instantid_jax.parallel.environment import Place, place_of
 
-__all__ = ["MissingProcess", "agreed", "is_main", "join", "leave", "put_whole", "stacked", "synchronize", "to_host"]
+__all__ = ["MissingProcess", "agreed", "flag_raised", "is_main", "join", "leave", "put_whole", "raise_flag", "stacked", "synchronize", "to_host"]
 
 START = 300.0
 """Seconds that processes wait for each other at the start."""
@@ -157,6 +157,17 @@ def agreed(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.bool_(flag))))
+
+
+def raise_flag(name: str) -> None:
+    """Tells the others something that they see when they look (`flag_raised`); nobody waits for anybody."""
+    if jax.process_count() > 1:
+        _client().key_value_set(f"instantid_jax/flags/{name}/{jax.process_index()}", "raised", allow_overwrite=True)
+
+
+def flag_raised(name: str) -> bool:
+    """Whether any of several processes has raised this flag."""
+    return jax.process_count() > 1 and bool(_client().key_value_dir_get(f"instantid_jax/flags/{name}"))
 
 
 def stacked(array: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import sample
+from instantid_jax import sampling
 from instantid_jax.config import sdxl, tiny, to_json
 from instantid_jax.defaults import PROMPTS, people
 from instantid_jax.diffusion import SAMPLERS
@@ -101,8 +102,8 @@ class Stub:
 def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
     """In place of both ways to a pipeline."""
     stub = Stub()
-    monkeypatch.setattr(sample, "default_pipeline", stub.load)
-    monkeypatch.setattr(sample.InstantIDPipeline, "from_pretrained", stub.load)
+    monkeypatch.setattr(sampling, "default_pipeline", stub.load)
+    monkeypatch.setattr(sampling.InstantIDPipeline, "from_pretrained", stub.load)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     return stub
 

@@ -1,0 +1,158 @@
+"""A file of jobs: one JSON object a line, each a person with prompts, seeds and settings, taken apart into single pictures.
+
+    {"face": "anna.jpg", "prompt": ["film noir", "watercolor"], "seed": [0, 1], "steps": 20}
+
+The fields are options of ``sample.py``, with underscores; what a line leaves out is as on the command line. Paths begin at the file's folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from instantid_jax.config import ModelConfig
+from instantid_jax.pipeline import check_call
+from instantid_jax.published import did_you_mean
+from instantid_jax.request import in_options
+from instantid_jax.sample_options import RUN_OPTIONS, SampleOptions
+
+__all__ = ["JobError", "Picture", "in_fields", "read_jobs"]
+
+COMMON = ("weights", "controlnet", "analyzer", "analyzer_root", "dtype")
+"""Options that are the same for all jobs: on the command line alone."""
+
+_HINTS = {name: hint for name, hint in typing.get_type_hints(SampleOptions).items() if name not in (*RUN_OPTIONS, *COMMON, "num_images")}
+_KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {
+    Path: (str, "a path"),
+    str: (str, "a text"),
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+}
+
+
+class JobError(ValueError):
+    """A line that cannot be used; the message names file and line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """One picture that is asked for."""
+
+    line: int
+    """Of the file, from 1."""
+    person: str
+    """Name of the folder that it lies in."""
+    options: SampleOptions
+    """With one prompt and one seed; nothing is left to defaults."""
+
+
+def read_jobs(path: Path, given: SampleOptions, config: ModelConfig) -> list[Picture]:
+    """All pictures that the lines ask for, in their order: prompts, and of each the seeds.
+
+    `given` holds the command line's options, `config` is the model's. Raises `JobError` for the first line that is wrong: nothing
+    is read but the file itself, so photos are not looked at.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise JobError(f"{path}: is no UTF-8 text ({error})") from error
+    pictures: list[Picture] = []
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        try:
+            pictures += _pictures(number, _fields(text), path.parent, given, config)
+        except ValueError as error:
+            raise JobError(f"{path}, line {number}: {in_fields(str(error))}") from error
+    if not pictures:
+        raise JobError(f"{path}: holds no jobs; write one JSON object a line")
+    return pictures
+
+
+def _fields(text: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is no JSON object ({error})") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"is no JSON object but {text.strip()[:40]}")
+    known = (*_HINTS, "person")
+    for name in fields:
+        if name in COMMON or name in RUN_OPTIONS:
+            raise ValueError(f"{name} is the same for all jobs; give it on the command line")
+        if name == "num_images":
+            raise ValueError("num_images is not for jobs; list the seeds: [0, 1, 2]")
+        if name not in known:
+            raise ValueError(f"has an unknown field {name!r}{did_you_mean(name, known)}")
+    return fields
+
+
+def _pictures(number: int, fields: dict[str, Any], folder: Path, given: SampleOptions, config: ModelConfig) -> list[Picture]:
+    person, prompts, seeds = fields.pop("person", None), fields.pop("prompt", given.prompt), fields.pop("seed", given.seed)
+    values = {name: _value(name, value, _HINTS[name], folder) for name, value in fields.items()}
+    options = dataclasses.replace(given, **values).filled()
+    if not options.face:
+        raise ValueError("has no face: name a photo, several of one person, or a stored face")
+    options.check()
+    pictures = []
+    for prompt in _several("prompt", options.prompt if prompts is None else prompts, str):
+        for seed in _several("seed", seeds, int):
+            if not 0 <= seed < 2**32:
+                raise ValueError(f"seed must be between 0 and {2**32 - 1}, not {seed}")
+            pictures.append(Picture(number, _folder(person, options.face[0]), dataclasses.replace(options, prompt=prompt, seed=seed)))
+    check_call(config, nets=1 + len(options.controlnet), **pictures[0].options.call())
+    return pictures
+
+
+def _several(name: str, value: Any, kind: Any) -> list[Any]:
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise ValueError(f"{name} is an empty list")
+    return [_one(name, item, kind) for item in values]
+
+
+def _one(name: str, value: Any, kind: Any) -> Any:
+    allowed, what = _KINDS[kind]
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{name} must be {what}, not {value!r}")
+    return value
+
+
+def _value(name: str, value: Any, hint: Any, folder: Path) -> Any:
+    """A field's value as the option's type."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    kind = kinds[0]
+    if typing.get_origin(kind) is Literal:
+        known = typing.get_args(kind)
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}{did_you_mean(str(value), known)}")
+        return value
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        found = tuple(_several(name, value, inner))
+        return tuple(folder / item for item in found) if inner is Path else found
+    checked = _one(name, value, kind)
+    return folder / checked if kind is Path else float(checked) if kind is float else checked
+
+
+def _folder(person: Any, face: Path) -> str:
+    """The folder of a person's pictures: the name that is given, or the first photo's, in letters that every file system takes."""
+    name = face.stem if person is None else _one("person", person, str)
+    plain = re.sub(r"[^\w.-]+", "_", name).strip("._")
+    if not plain:
+        raise ValueError(f"person must have letters or digits to name a folder, not {name!r}")
+    return plain[:100]
+
+
+def in_fields(message: str) -> str:
+    """A message about options or arguments in the words of the file: "--control-image" as "control_image"."""
+    return re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda found: found[1].replace("-", "_"), in_options(message))

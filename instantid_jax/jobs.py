@@ -1,0 +1,262 @@
+"""Many pictures from a file of jobs: spread over devices and processes, resumable, accounted for.
+
+A picture lies at OUT/<person>/<seed>-<key>.png, where the key is a hash of everything that decides it, weights and photos too. So
+the same command goes on where it was stopped, and with a changed file or other weights makes what is new. The pictures are the
+files that ``sample.py`` alone writes with the same settings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+from instantid_jax.config import ModelConfig
+from instantid_jax.defaults import DEFAULT_WEIGHTS
+from instantid_jax.denoise import Inputs
+from instantid_jax.face import AnalyzerError, FaceError, Identity, load_analyzer
+from instantid_jax.job_file import Picture, in_fields, read_jobs
+from instantid_jax.ledger import Ledger, read_rows, replace_text, summary
+from instantid_jax.output import check_folder, file_digest, read_settings, run_settings, save_png, weights_digest
+from instantid_jax.parallel.distributed import agreed, flag_raised, is_main, join, raise_flag, stacked, synchronize
+from instantid_jax.pipeline import PipelineError, check_call
+from instantid_jax.references import check_files, read_identity
+from instantid_jax.request import Request
+from instantid_jax.running import EXIT_INTERRUPTED, EXIT_PARTLY, lease, noted_signals
+from instantid_jax.sample_options import SampleOptions
+from instantid_jax.sampling import conditions_of, inputs_of, model_config, open_pipeline, settings_of
+from instantid_jax.spread import Spread
+
+__all__ = ["run_jobs"]
+
+_PATIENCE = 7 * 24 * 3600.0  # seconds that a process that is ready waits for one that still draws
+_TELL = 10.0  # seconds between two lines of progress
+
+
+class _Task(NamedTuple):
+    """A picture and its place on disk."""
+
+    picture: Picture
+    key: str
+    path: str
+    """Below the folder."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What its row in the ledger says of it."""
+        s = self.picture.options
+        return {"key": self.key, "line": self.picture.line, "person": self.picture.person, "prompt": s.prompt, "seed": s.seed}
+
+
+class _Prepared(NamedTuple):
+    """A picture that can be drawn."""
+
+    task: _Task
+    request: Request
+    inputs: Inputs
+
+
+def run_jobs(given: SampleOptions) -> int:
+    """Draws what ``--jobs`` asks for. Returns the exit status: 0 all made, 3 some failed, 75 stopped by a signal.
+
+    Raises ValueError or OSError with one clear sentence for what concerns all pictures: the file, the options, the weights, the folder.
+    """
+    assert given.jobs is not None
+    if given.distributed:
+        join(given.coordinator, given.processes, given.process)
+    if given.num_images != 1:
+        raise ValueError("--num-images is not for --jobs; list the seeds in the file")
+    check_files([given.jobs])
+    check_folder(given.out)
+    config = model_config(given)
+    tasks = _tasks(read_jobs(given.jobs, given, config), config)
+    with contextlib.ExitStack() as stack:
+        stopping = stack.enter_context(noted_signals())
+        if is_main():
+            stack.enter_context(lease(given.out, "drawing"))
+        synchronize("jobs begin")
+        began = time.time()
+        ledger = Ledger(given.out, jax.process_index())
+        with contextlib.closing(ledger):
+            _Drawing(given, config, ledger, stopping).run(tasks[jax.process_index() :: jax.process_count()])
+        synchronize("jobs end", timeout=_PATIENCE)
+        stopped = agreed(bool(stopping))
+        status = _report(given.out, tasks, stopped, time.time() - began) if is_main() else 0
+        return int(stacked(np.asarray([status], np.int32))[0, 0])
+
+
+def _tasks(pictures: list[Picture], config: ModelConfig) -> list[_Task]:
+    """Every picture once, with its key and place."""
+    digest = functools.cache(_content)
+    weights = functools.cache(lambda folder: _identity_of_weights(folder or DEFAULT_WEIGHTS))
+    found: dict[str, _Task] = {}
+    for picture in pictures:
+        s = picture.options
+        about = {name: value for name, value in settings_of(s, {}).items() if name not in ("model", "weights", "controlnet", "analyzer_root")}
+        about |= {"weights": weights(s.weights), "controlnet": [weights(folder) for folder in s.controlnet]}
+        about |= {"analyzer": s.analyzer or config.face_analyzer}
+        about |= {kind: [digest(path) for path in paths] for kind, paths in inputs_of(s).items()}
+        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        path = f"{picture.person}/{s.seed:06d}-{key[:12]}.png"
+        found.setdefault(path, _Task(picture, key, path))
+    return list(found.values())
+
+
+def _content(path: Path) -> str:
+    """Hash of a file; of one that cannot be read its name, as its picture will fail."""
+    try:
+        return file_digest(path)
+    except OSError:
+        return f"unreadable: {path}"
+
+
+def _identity_of_weights(folder: Path) -> str:
+    """Hash that tells weights apart: that of their manifest where they have one, else of all their files."""
+    if digest := weights_digest(folder):
+        return digest["weights_sha256"]
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256("\n".join(f"{path.relative_to(folder)} {file_digest(path)}" for path in files).encode()).hexdigest()
+
+
+class _Drawing:
+    """One process's work: prepares picture after picture, and draws them as soon as there is one for every device."""
+
+    def __init__(self, given: SampleOptions, config: ModelConfig, ledger: Ledger, stopping: list[int]) -> None:
+        self.given, self.config, self.ledger, self.stopping = given, config, ledger, stopping
+        self.out = given.out
+        self.pipe: Any = None
+        self.spread: Any = None
+        self.digest = weights_digest(given.weights or DEFAULT_WEIGHTS)
+        self.analyzer = functools.cache(lambda: load_analyzer(given.analyzer or config.face_analyzer, given.analyzer_root))
+        self.people: dict[Hashable, Identity | ValueError | OSError] = {}
+        self.told, self.count, self.done, self.failed = 0.0, 0, 0, 0
+
+    def run(self, tasks: list[_Task]) -> None:
+        """Makes what is not there yet, until told to stop."""
+        rows = read_rows(self.out)
+        wanted = [task for task in tasks if not self._is_made(task, rows.get(task.path))]
+        self.count = len(wanted)
+        self._tell(f"{len(tasks) - len(wanted)} of {len(tasks)} pictures are there already")
+        waiting: dict[Hashable, list[_Prepared]] = {}
+        for task in wanted:
+            if self.stopping:
+                break
+            prepared = self._prepare(task)
+            if prepared is None:
+                continue
+            batch = waiting.setdefault(Spread.kind(prepared.request, prepared.inputs), [])
+            batch.append(prepared)
+            if len(batch) == self.spread.width:
+                self._draw(batch)
+                batch.clear()
+        for batch in waiting.values():
+            if batch and not self.stopping:
+                self._draw(batch)
+
+    def _is_made(self, task: _Task, row: dict[str, Any] | None) -> bool:
+        """Whether the picture is there and whole. One without a row, of a process that was killed between the two, gets its row."""
+        path = self.out / task.path
+        if not path.is_file():
+            return False
+        if row is not None and row["status"] == "made" and row.get("bytes") == path.stat().st_size:
+            return True
+        try:
+            settings = read_settings(path)
+        except (ValueError, OSError):
+            return False  # it is made again in its place
+        if settings.get("seed") != task.picture.options.seed:
+            return False
+        self.ledger.add(task.path, "made", **task.about, bytes=path.stat().st_size, adopted=True)
+        return True
+
+    def _prepare(self, task: _Task) -> _Prepared | None:
+        """The picture ready to be drawn; None where something about it is wrong, which the ledger then says."""
+        s, config = task.picture.options, self.config
+        try:
+            check_files([*s.control_image, *filter(None, (s.control_mask,))])
+            pose = self._person((s.pose,), None, s.pose_face_index) if s.pose else None
+            identity = self._person(s.face, config.resampler.embedding_dim, s.face_index)
+            conditions, call = conditions_of(s, config.keypoint_scale, pose or identity), s.call()
+        except AnalyzerError:
+            raise  # no picture can be made without it
+        except (ValueError, OSError) as error:
+            return self._fail(task, getattr(error, "code", type(error).__name__), in_fields(str(error)))
+        if self.pipe is None:
+            self.pipe = open_pipeline(self.given)
+            self.spread = Spread(self.pipe)
+        try:
+            request = check_call(config, nets=1 + len(s.controlnet), **call)
+            guidance = call["guidance_scale"], call["guidance_rescale"]
+            inputs = self.pipe.prepare(request, conditions["image"], identity.embedding, conditions["control_mask"], guidance=guidance)
+        except PipelineError as error:
+            return self._fail(task, "refused", in_fields(str(error)))
+        return _Prepared(task, request, inputs)
+
+    def _person(self, paths: tuple[Path, ...], embedding_dim: int | None, face_index: int | None) -> Identity:
+        """Whom the photos show; they are looked at once."""
+        key = paths, embedding_dim, face_index
+        if key not in self.people:
+            try:
+                check_files(paths)
+                self.people[key] = read_identity(paths, self.analyzer, embedding_dim, face_index)
+            except AnalyzerError:
+                raise
+            except (FaceError, OSError) as error:
+                self.people[key] = error
+        found = self.people[key]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _draw(self, batch: list[_Prepared]) -> None:
+        """Draws and writes pictures of one kind, and asks whether to stop."""
+        drawn = self.spread.draw(batch[0].request, [prepared.inputs for prepared in batch])
+        for (task, _, _), pictures in zip(batch, drawn, strict=True):
+            if not np.isfinite(pictures).all():
+                self._fail(task, "not_finite", "the networks gave values that are not finite; use --dtype float32 or bfloat16, or check the weights")
+                continue
+            image, s, path = Image.fromarray(np.round(pictures[0] * 255).astype(np.uint8)), task.picture.options, self.out / task.path
+            save_png(image, path, run_settings(image.size, inputs_of(s), settings_of(s, self.digest)) | {"seed": s.seed})
+            self.ledger.add(task.path, "made", **task.about, bytes=path.stat().st_size)
+            self.done += 1
+        self._tell(None)
+        if self.stopping:
+            raise_flag("stop")
+        elif flag_raised("stop"):
+            self.stopping.append(0)
+
+    def _fail(self, task: _Task, reason: str, message: str) -> None:
+        self.ledger.add(task.path, "failed", **task.about, reason=reason, message=message)
+        self.failed += 1
+        print(f"line {task.picture.line}, {task.picture.person}, seed {task.picture.options.seed}: {message}", file=sys.stderr, flush=True)
+
+    def _tell(self, text: str | None) -> None:
+        now = time.monotonic()
+        if text is not None or now - self.told > _TELL or self.done + self.failed == self.count:
+            self.told = now
+            progress = f"{self.done} of {self.count} made" + (f", {self.failed} failed" if self.failed else "")
+            print(f"process {jax.process_index()}: {text or progress}", flush=True)
+
+
+def _report(out: Path, tasks: list[_Task], stopped: bool, seconds: float) -> int:
+    """Writes the ledger of all processes and the sums; returns the exit status."""
+    rows = read_rows(out)
+    told = summary(out, [task.path for task in tasks], rows)
+    listed = [rows.get(task.path) or {"path": task.path, "status": "missing", **task.about} for task in tasks]
+    replace_text(out / "ledger.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in listed))
+    told |= {"interrupted": stopped, "seconds": round(seconds, 1), "processes": jax.process_count(), "devices": jax.device_count()}
+    replace_text(out / "report.json", json.dumps(told, indent=1) + "\n")
+    print(f"{told['asked']} asked: {told['made']} made, {told['failed']} failed, {told['missing']} missing; {out / 'report.json'}", flush=True)
+    if stopped and told["missing"]:
+        return EXIT_INTERRUPTED
+    return EXIT_PARTLY if told["failed"] or told["missing"] else 0

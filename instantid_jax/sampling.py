@@ -1,0 +1,63 @@
+"""From the options of sample.py to a pipeline, a checked call and what is stored in a picture: for one run and for many jobs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from instantid_jax import __version__
+from instantid_jax.config import ModelConfig
+from instantid_jax.defaults import DEFAULT_WEIGHTS, NOTICE, default_config, default_pipeline, framed
+from instantid_jax.face import Identity, load_photo
+from instantid_jax.output import weights_digest
+from instantid_jax.pipeline import InstantIDPipeline, read_config
+from instantid_jax.references import keypoint_picture, read_mask
+from instantid_jax.sample_options import RUN_OPTIONS, SampleOptions
+
+__all__ = ["conditions_of", "inputs_of", "model_config", "open_pipeline", "settings_of"]
+
+ELSEWHERE = ("num_images", "face", "pose", "control_image", "control_mask", *RUN_OPTIONS)
+"""Options that are not stored as settings: names and hashes of the files tell them."""
+
+
+def model_config(s: SampleOptions) -> ModelConfig:
+    """The configuration of the weights that are named, or of the small model."""
+    return default_config() if s.weights is None else read_config(s.weights)
+
+
+def open_pipeline(s: SampleOptions) -> InstantIDPipeline:
+    """The pipeline that the options name."""
+    if s.weights is None:
+        print(NOTICE, file=sys.stderr)
+        return default_pipeline(dtype=s.dtype)
+    return InstantIDPipeline.from_pretrained(s.weights, dtype=s.dtype, controlnets=s.controlnet)
+
+
+def settings_of(s: SampleOptions, digest: dict[str, str] | None = None) -> dict[str, Any]:
+    """What a picture keeps of its options; `digest` is the weights' where it is known already."""
+    about = {"model": "the small model" if s.weights is None else s.weights.resolve().name, "version": f"instantid_jax {__version__}"}
+    about |= weights_digest(s.weights or DEFAULT_WEIGHTS) if digest is None else digest
+    return {name: value for name, value in asdict(s).items() if name not in ELSEWHERE} | about
+
+
+def conditions_of(s: SampleOptions, keypoint_scale: float, pose: Identity) -> dict[str, Any]:
+    """The pictures that go into the call: keypoints, those of other ControlNets, and the mask."""
+    if s.weights is None:
+        keypoints = keypoint_picture(pose, s.width, s.height, 64, keypoint_scale, framed)
+    else:
+        keypoints = keypoint_picture(pose, s.width, s.height, 1280, keypoint_scale)
+    mask = None if s.control_mask is None else read_mask(s.control_mask, keypoints.size)
+    return {"image": [keypoints, *(load_photo(path) for path in s.control_image)], "control_mask": mask}
+
+
+def inputs_of(s: SampleOptions) -> dict[str, Sequence[Path]]:
+    """The files that go in, by what they are."""
+    return {
+        "face": s.face,
+        "pose": (s.pose,) if s.pose else (),
+        "control": s.control_image,
+        "mask": (s.control_mask,) if s.control_mask else (),
+    }
