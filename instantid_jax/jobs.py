@@ -27,7 +27,8 @@ from instantid_jax.denoise import Inputs
 from instantid_jax.face import AnalyzerError, FaceError, Identity, load_analyzer
 from instantid_jax.job_file import Picture, in_fields, read_jobs
 from instantid_jax.ledger import Ledger, read_rows, replace_text, summary
-from instantid_jax.output import check_folder, file_digest, read_settings, run_settings, save_png, weights_digest
+from instantid_jax.options import check_folder
+from instantid_jax.output import file_digest, read_settings, run_settings, save_png, weights_digest
 from instantid_jax.parallel.distributed import agreed, flag_raised, is_main, join, raise_flag, stacked, synchronize
 from instantid_jax.pipeline import PipelineError, check_call
 from instantid_jax.references import check_files, read_identity
