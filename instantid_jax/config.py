@@ -367,7 +367,8 @@ class ComputeConfig:
     dtype: str = "float32"
     """Arithmetic of matmuls, convolutions and activations. Softmax, norm statistics, time embedding and samplers stay float32."""
     attention: str = "auto"
-    """Backend: "xla", "blocked" (over heads and query blocks; for CPU), "cudnn" (NVIDIA), or "auto" by platform and shape."""
+    """Backend: "xla", "blocked" (over heads and query blocks; for CPU), "cudnn" (NVIDIA), "splash" (Pallas, TPU), or "auto" by
+    platform and shape."""
     unroll: bool = False
     """Whether equal layers are unrolled instead of scanned: longer compiling, the same numbers."""
     remat: str | bool = "none"
@@ -379,7 +380,7 @@ class ComputeConfig:
             object.__setattr__(self, "remat", "blocks" if self.remat else "none")
         require("ComputeConfig", "remat", self.remat, ("none", "dots", "blocks", "full"))
         require("ComputeConfig", "dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        require("ComputeConfig", "attention", self.attention, ("auto", "xla", "blocked", "cudnn"))
+        require("ComputeConfig", "attention", self.attention, ("auto", "xla", "blocked", "cudnn", "splash"))
 
 
 def to_json(config: Any) -> str:

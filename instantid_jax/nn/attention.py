@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from instantid_jax.config import ComputeConfig
+from instantid_jax.nn.platform import target_platform
 
 _SHORT = 256  # keys: below this the scores are small and one fused einsum is best everywhere
 _QUERY_BLOCK = 1024
@@ -49,16 +50,23 @@ def dot_product_attention(
     """Equation (1), softmax in float32.
 
     `mask` says which keys count, broadcast over examples and queries: [b, 1, m] for padded contexts, [1, n, m] for a causal one.
-    `backend` is one of `ComputeConfig.attention`; masked and short attention always take the plain form, as does what
-    cuDNN has no kernel for (float32, the autoencoder's single wide head); of large pictures that goes by blocks of queries.
+    `backend` is one of `ComputeConfig.attention`; masked and short attention always take the plain form, as does what cuDNN
+    or splash has no kernel for (float32, odd lengths, the autoencoder's single wide head); of large pictures that goes by
+    blocks of queries.
     """
     if mask is not None or k.shape[1] <= _SHORT:
         return _plain(q, k, v, mask)
     if backend == "auto":
-        backend = {"cpu": "blocked", "gpu": "cudnn"}.get(jax.default_backend(), "xla")
+        backend = {"cpu": "blocked", "gpu": "cudnn", "tpu": "splash"}.get(target_platform(), "xla")
     if backend == "cudnn":
         if q.dtype != jnp.float32 and q.shape[-1] <= _CUDNN_WIDEST and q.shape[-1] % 8 == 0:
             return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        backend = "xla" if q.shape[1] * k.shape[1] <= _MANY_SCORES else "blocked"
+    if backend == "splash":
+        from instantid_jax.nn.splash import fits, splash_attention  # Pallas, which nothing else needs, takes a second to import
+
+        if fits(q, k):
+            return splash_attention(q, k, v)
         backend = "xla" if q.shape[1] * k.shape[1] <= _MANY_SCORES else "blocked"
     return _plain(q, k, v, mask) if backend == "xla" else _blocked(q, k, v)
 

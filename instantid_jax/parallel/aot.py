@@ -1,0 +1,284 @@
+"""Compiles the real programs for TPUs that are not at hand, and tells what they would need.
+
+    python -m instantid_jax.parallel.aot --topology v5e:4x4 --program train --config configs/instantid.py --json FILE
+
+Nothing of the model's size is allocated: programs are compiled from shapes. What is told of time is the compiler's own
+estimate in cycles, never a measurement. A topology is a generation and its chips, as v5e:1x1, v5e:4x4, v5p:2x2x2; 2*v5e:4x4 is
+two slices. Needs libtpu: pip install -e ".[tpu]".
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":  # before JAX looks for devices
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+from instantid_jax.parallel import hlo
+from instantid_jax.parallel.chips import Chip, TopologyError, device_mesh, parse_topology, topology_devices
+from instantid_jax.training.flops import count_flops, kernel_flops, minimum_flops
+from instantid_jax.training.recipes import load_recipe
+
+if TYPE_CHECKING:
+    from instantid_jax.parallel.aot_programs import Stage
+    from instantid_jax.training.config import TrainConfig
+
+__all__ = ["PROGRAMS", "Plan", "StageReport", "analyze", "compile_plan", "main", "table"]
+
+PROGRAMS = ("unet", "sample", "train")
+_MOSAIC = "tpu_custom_call"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to compile, and for which machine."""
+
+    topology: str
+    program: str
+    config: TrainConfig
+    """The model, its arithmetic, sizes and batch come from here."""
+    data: int | None = None
+    fsdp: int | None = None
+    """Devices along each axis. By default training splits weights over a slice (`data` over the slices), sampling whole pictures."""
+    tensor: int = 1
+    batch: int | None = None
+    """Training: pictures a step. Sampling: pictures (with guidance twice as many rows). UNet: rows. By default 1, 1 and 2 a chip."""
+    steps: int = 30
+    """Denoising steps."""
+    size: int = 1024
+    """Height and width in pixels, of sampling."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StageReport:
+    """One compiled program on one chip."""
+
+    name: str
+    hbm_argument_bytes: int
+    hbm_temporary_bytes: int
+    hbm_output_bytes: int
+    hbm_resident_bytes: int
+    """Weights of the other programs, which stay in memory."""
+    hbm_peak_bytes: int
+    flops: float
+    """Of matrix products and convolutions as compiled, kernels included."""
+    kernel_flops: float
+    """The part within Pallas kernels, by arithmetic."""
+    flops_minimum: float
+    hbm_bytes_accessed: float
+    estimated_cycles: float
+    """The compiler's, without custom calls."""
+    kernel_cycles: float
+    """Kernels at half the chip's peak: an assumption."""
+    uncounted: dict[str, float]
+    """Calls of custom calls, for which the compiler estimates no cycles."""
+    collective_bytes: dict[str, float]
+    compile_seconds: float
+    fits: bool = True
+    error: str | None = None
+
+
+def analyze(stage: Stage, chip: Chip, devices: int, mesh: jax.sharding.Mesh) -> tuple[StageReport, Any]:
+    """Compiles a program and reads what it would do on one device."""
+    share = chip.flops_per_cycle / chip.devices
+    with jax.set_mesh(mesh):
+        began = time.perf_counter()
+        traced = stage.function.trace(*stage.arguments)
+        inside = kernel_flops(traced.jaxpr)
+        minimum = stage.minimum(traced) / devices
+        try:
+            compiled = traced.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            return _too_large(stage, str(error), minimum, time.perf_counter() - began), None
+        seconds = time.perf_counter() - began
+    memory: Any = compiled.memory_analysis()
+    work = hlo.costs(hlo.parse(compiled.as_text()))
+    own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    report = StageReport(
+        name=stage.name,
+        hbm_argument_bytes=memory.argument_size_in_bytes,
+        hbm_temporary_bytes=memory.temp_size_in_bytes,
+        hbm_output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        hbm_resident_bytes=stage.resident,
+        hbm_peak_bytes=own + memory.generated_code_size_in_bytes + stage.resident,
+        flops=work.flops + inside,
+        kernel_flops=inside,
+        flops_minimum=minimum,
+        hbm_bytes_accessed=work.hbm_bytes,
+        estimated_cycles=work.cycles,
+        kernel_cycles=2 * inside / share,
+        uncounted=work.uncounted,
+        collective_bytes=work.collectives,
+        compile_seconds=seconds,
+        fits=own + stage.resident <= chip.hbm_bytes // chip.devices,
+    )
+    return report, compiled
+
+
+def _too_large(stage: Stage, message: str, minimum: float, seconds: float) -> StageReport:
+    """A program that the compiler refuses for its size; anything else is raised."""
+    used = re.search(r"Used ([\d.]+)([GMK]) of ([\d.]+)([GMK])", message)
+    if used is None:
+        raise TopologyError(f"{stage.name} does not compile: {message.splitlines()[0]}")
+    needed = int(float(used.group(1)) * {"G": 2**30, "M": 2**20, "K": 2**10}[used.group(2)])
+    nothing: dict[str, Any] = dict.fromkeys((f.name for f in dataclasses.fields(StageReport)), 0)
+    told = {"name": stage.name, "uncounted": {}, "collective_bytes": {}, "fits": False, "error": f"needs {used.group(0).removeprefix('Used ')}"}
+    return StageReport(
+        **nothing | told | {"hbm_peak_bytes": needed, "hbm_resident_bytes": stage.resident, "flops_minimum": minimum, "compile_seconds": seconds}
+    )
+
+
+def stages(plan: Plan, mesh: jax.sharding.Mesh, chips: int) -> list[Stage]:
+    """The programs of a plan."""
+    from instantid_jax.parallel import aot_programs as programs
+
+    config, size = plan.config, (plan.size, plan.size)
+    if plan.program == "train":
+        loader = dataclasses.replace(config.loader, global_batch=plan.batch or chips)
+        return programs.train_stages(dataclasses.replace(config, loader=loader), mesh)
+    if plan.program == "sample":
+        return programs.sample_stages(config.model, config.compute, mesh, plan.batch or chips, size, plan.steps)
+    return programs.unet_stages(config.model, config.compute, mesh, plan.batch or 2 * chips, size)
+
+
+def make_plan_mesh(plan: Plan) -> tuple[Chip, jax.sharding.Mesh]:
+    """The chip and the mesh of a plan."""
+    _, _, slices = parse_topology(plan.topology)
+    chip, devices = topology_devices(plan.topology)
+    count = len(devices) // plan.tensor
+    if plan.program == "train":
+        data = plan.data or (slices if plan.fsdp is None else count // plan.fsdp)
+        fsdp = plan.fsdp or count // data
+    else:
+        fsdp = plan.fsdp or 1
+        data = plan.data or count // fsdp
+    return chip, device_mesh(devices, data, fsdp, plan.tensor)
+
+
+def compile_plan(plan: Plan, say: Any = None, dump: Path | None = None) -> dict[str, Any]:
+    """Compiles a plan's programs; returns what the command line writes as JSON. Raises TopologyError, ValueError."""
+    if plan.program not in PROGRAMS:
+        raise TopologyError(f"there is no program {plan.program!r}; there are {', '.join(PROGRAMS)}")
+    chip, mesh = make_plan_mesh(plan)
+    devices = mesh.size
+    reports = []
+    for stage in stages(plan, mesh, devices):
+        report, compiled = analyze(stage, chip, devices, mesh)
+        reports.append(report)
+        if dump is not None and compiled is not None:
+            dump.mkdir(parents=True, exist_ok=True)
+            (dump / f"{stage.name}.hlo.txt").write_text(compiled.as_text())
+        if say is not None:
+            say(f"{report.name}: compiled in {report.compile_seconds:.0f} s")
+    return summary(plan, chip, mesh, reports)
+
+
+def summary(plan: Plan, chip: Chip, mesh: jax.sharding.Mesh, reports: list[StageReport]) -> dict[str, Any]:
+    """The sum of the programs, on one device."""
+    collectives: dict[str, float] = {}
+    for report in reports:
+        for kind, count in report.collective_bytes.items():
+            collectives[kind] = collectives.get(kind, 0) + count
+    flops, moved = sum(r.flops for r in reports), sum(r.hbm_bytes_accessed for r in reports)
+    limit = chip.hbm_bytes // chip.devices
+    peak = max(r.hbm_peak_bytes for r in reports)
+    seconds = {
+        "compute": flops / (chip.flops / chip.devices),
+        "memory": moved / (chip.hbm_bandwidth / chip.devices),
+        "interconnect": sum(collectives.values()) / (chip.ici_bandwidth / chip.devices),
+    }
+    return {
+        "topology": plan.topology,
+        "program": plan.program,
+        "mesh": dict(mesh.shape),
+        "batch": plan.batch,
+        "jax": jax.__version__,
+        "hbm_peak_bytes": peak,
+        "hbm_limit_bytes": limit,
+        "fits": peak <= limit and all(r.fits for r in reports),
+        "flops": flops,
+        "flops_minimum": sum(r.flops_minimum for r in reports),
+        "hbm_bytes_accessed": moved,
+        "estimated_cycles": sum(r.estimated_cycles for r in reports),
+        "kernel_cycles_at_half_peak": sum(r.kernel_cycles for r in reports),
+        "collective_bytes": collectives,
+        "compile_seconds": sum(r.compile_seconds for r in reports),
+        "bound_by": max(seconds, key=lambda name: seconds[name]),
+        "roofline_shares": {name: value / max(sum(seconds.values()), 1e-30) for name, value in seconds.items()},
+        "programs": [dataclasses.asdict(r) for r in reports],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    mib = 2**20
+    lines = [f"{result['program']} on {result['topology']}, mesh {' x '.join(f'{k} {v}' for k, v in result['mesh'].items())}; figures are of one device"]
+    head = ("program", "arguments", "temporaries", "output", "resident", "peak MiB", "TFLOP", "/ minimum", "GB moved", "Mcycles", "+ kernels", "compile s")
+    rows = [head]
+    for r in result["programs"]:
+        ratio = f"{r['flops'] / r['flops_minimum']:.3f}" if r["flops_minimum"] else "-"
+        sizes = (r[f"hbm_{name}_bytes"] for name in ("argument", "temporary", "output", "resident", "peak"))
+        numbers = [f"{n / mib:,.0f}" for n in sizes]
+        numbers += [f"{r['flops'] / 1e12:.3f}", ratio, f"{r['hbm_bytes_accessed'] / 1e9:.2f}", f"{r['estimated_cycles'] / 1e6:.1f}"]
+        rows.append((r["name"], *numbers, f"{r['kernel_cycles'] / 1e6:.1f}", f"{r['compile_seconds']:.0f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines += ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    lines += [f"{r['name']}: does not fit: {r['error']}" for r in result["programs"] if r["error"]]
+    peak, limit = result["hbm_peak_bytes"], result["hbm_limit_bytes"]
+    lines.append(f"HBM: peak {peak / 2**30:.2f} GiB of {limit / 2**30:.2f} GiB: {'fits' if result['fits'] else 'does not fit'}")
+    kinds = ", ".join(f"{kind} {count / mib:,.1f} MiB" for kind, count in sorted(result["collective_bytes"].items())) or "none"
+    lines.append(f"collectives: {kinds}")
+    left = {name: count for r in result["programs"] for name, count in r["uncounted"].items()}
+    lines.append(
+        "cycles: the compiler's estimates; custom calls have none"
+        + (f" ({', '.join(f'{n} x {c:,.0f}' for n, c in left.items())}); kernels count at half the chip's peak" if left else "")
+    )
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in result["roofline_shares"].items())
+    lines.append(f"roofline: {result['bound_by']} bound (shares of the three times: {shares})")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m instantid_jax.parallel.aot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--topology", required=True, help="as v5e:4x4; 2*v5e:4x4 is two slices")
+    parser.add_argument("--program", required=True, choices=PROGRAMS)
+    parser.add_argument("--config", default="configs/instantid.py", help="recipe whose model, arithmetic and sizes are taken")
+    parser.add_argument("--data", type=int, help="devices along the mesh axis")
+    parser.add_argument("--fsdp", type=int, help="likewise; training: by default all of a slice")
+    parser.add_argument("--tensor", type=int, default=1, help="likewise")
+    parser.add_argument("--batch", type=int, help="training, sampling: pictures in all, by default one a device; unet: rows, by default two a device")
+    parser.add_argument("--steps", type=int, default=30, help="denoising steps")
+    parser.add_argument("--size", type=int, default=1024, help="height and width in pixels, of sampling")
+    parser.add_argument("--remat", help="compute.remat of the recipe: none, dots, blocks or full")
+    parser.add_argument("--attention", help="compute.attention of the recipe")
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--dump", type=Path, help="folder for the compiled programs' text")
+    given = parser.parse_args(arguments)
+    try:
+        config = load_recipe(given.config)
+        changes = {name: getattr(given, name) for name in ("remat", "attention") if getattr(given, name) is not None}
+        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, **changes))
+        plan = Plan(given.topology, given.program, config, given.data, given.fsdp, given.tensor, given.batch, given.steps, given.size)
+        result = compile_plan(plan, lambda line: print(line, file=sys.stderr, flush=True), given.dump)
+    except (ValueError, OSError) as error:
+        print(f"aot: {error}", file=sys.stderr)
+        return 1
+    print(table(result))
+    if given.json is not None:
+        given.json.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,101 @@
+"""TPU generations and topologies of them, described without having one.
+
+Figures are Google's published ones for a chip (cloud.google.com/tpu/docs, system architecture pages of each generation).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from typing import Any
+
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from instantid_jax.parallel.mesh import AXES
+
+__all__ = ["CHIPS", "Chip", "TopologyError", "device_mesh", "topology_devices"]
+
+GiB = 2**30
+
+
+class TopologyError(ValueError):
+    """A topology that does not exist or cannot be described here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip of a generation."""
+
+    hbm_bytes: int
+    flops: float
+    """Peak of bfloat16 matrix products, operations a second."""
+    hbm_bandwidth: float
+    """Bytes a second."""
+    ici_bandwidth: float
+    """Bytes a second that leave a chip over all its links together, one direction."""
+    clock: float
+    """Cycles a second: peak / (two operations x multipliers)."""
+    devices: int = 1
+    """JAX devices a chip: a v4's two cores are one device in a real pod (megacore), but two in a description of it."""
+    dimensions: int = 2
+    """Of the torus."""
+
+    @property
+    def flops_per_cycle(self) -> float:
+        """Peak operations of a chip in a cycle."""
+        return self.flops / self.clock
+
+
+CHIPS = {
+    "v4": Chip(32 * GiB, 275e12, 1228e9, 300e9, 1.05e9, devices=2, dimensions=3),
+    "v5e": Chip(16 * GiB, 197e12, 819e9, 200e9, 1.5e9),
+    "v5p": Chip(95 * GiB, 459e12, 2765e9, 600e9, 1.75e9, dimensions=3),
+    "v6e": Chip(32 * GiB, 918e12, 1640e9, 448e9, 1.75e9),
+}
+_EXAMPLES = {"v4": "v4:2x2x1", "v5e": "v5e:4x4", "v5p": "v5p:2x2x2", "v6e": "v6e:4x4"}
+_KNOWN = ", ".join(f"{name} (as {example})" for name, example in _EXAMPLES.items())
+
+
+def parse_topology(name: str) -> tuple[str, tuple[int, ...], int]:
+    """"v5e:4x4" to (generation, chips along each axis, slices); "2*v5e:4x4" is two such slices. Raises TopologyError."""
+    found = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)", name)
+    if found is None or found.group(2) not in CHIPS:
+        raise TopologyError(f"{name!r} is no topology known here; known are {_KNOWN}, and several slices as 2*v5e:4x4")
+    slices, generation, shape = int(found.group(1) or 1), found.group(2), tuple(map(int, found.group(3).split("x")))
+    wanted = CHIPS[generation].dimensions
+    if len(shape) != wanted or not all(shape) or not slices:
+        raise TopologyError(f"{name!r}: a {generation} topology has {wanted} axes, as in {_EXAMPLES[generation]}")
+    return generation, shape, slices
+
+
+def topology_devices(name: str) -> tuple[Chip, list[Any]]:
+    """The chip and the devices of a topology, to compile for. Needs libtpu, but no TPU. Raises TopologyError."""
+    generation, shape, slices = parse_topology(name)
+    # libtpu looks for a machine's metadata, and locks itself, unless told that there is none.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    try:
+        import libtpu  # noqa: F401
+    except ModuleNotFoundError as missing:
+        raise TopologyError('compiling for a TPU needs its compiler: pip install -e ".[tpu]"') from missing
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if math.prod(shape) == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name.split("*")[-1], **options)
+    except Exception as error:  # libtpu raises various types with the reason in the text
+        raise TopologyError(f"libtpu cannot describe {name!r}: {str(error).splitlines()[0]}") from error
+    return CHIPS[generation], list(described.devices)
+
+
+def device_mesh(devices: list[Any], data: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh over described devices, whole slices along `data` first. Raises TopologyError where the product is not their number."""
+    if data * fsdp * tensor != len(devices):
+        raise TopologyError(f"a mesh of {data} x {fsdp} x {tensor} needs {data * fsdp * tensor} devices; the topology has {len(devices)}")
+    ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0) or 0, d.id))
+    return Mesh(np.array(ordered).reshape(data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -1,0 +1,337 @@
+"""What a compiled program does, read from its text (`compiled.as_text()`): loops counted as often as they run.
+
+XLA's own cost analysis takes the body of a loop once, and its FLOPs and bytes leave out how often. Here every computation has
+a number of calls: 1 for the entry, times the trip count through a `while`. Only what a TPU's text holds is read: convolutions
+and dots (on TPU every matrix product is a convolution), collectives, the compiler's `"estimated_cycles"` of each operation,
+and custom calls, whose inside (Pallas kernels) the compiler cannot see.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = ["Costs", "HloError", "Program", "costs", "parse"]
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast", "ragged-all-to-all")
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s16": 16, "u16": 16, "f32": 32, "s32": 32, "u32": 32, "f64": 64}
+_ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=\{?((?:%[\w.\-]+(?:, )?)+)")
+
+
+class HloError(ValueError):
+    """A compiled program's text that cannot be read."""
+
+
+class Array(NamedTuple):
+    """Type and shape of a value, and whether it lies in HBM (not in the chip's scratch memory)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    in_hbm: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes without a layout's padding."""
+        return math.prod(self.shape) * _BITS.get(self.dtype, 8) // 8
+
+
+class Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    arrays: tuple[Array, ...]
+    """The result's arrays; several where it is a tuple."""
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+    """The line behind the opcode: arguments, then attributes."""
+
+    def attribute(self, pattern: str) -> str | None:
+        """First group of the pattern in the attributes."""
+        found = re.search(pattern, self.rest)
+        return None if found is None else found.group(1)
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Names of the computations that it runs."""
+        return tuple(name for names in _CALLED.findall(self.rest) for name in re.findall(r"%([\w.\-]+)", names))
+
+
+Computation = dict[str, Instruction]
+
+
+class Program(NamedTuple):
+    """A compiled program."""
+
+    computations: dict[str, Computation]
+    roots: dict[str, str]
+    entry: str
+
+
+class Costs(NamedTuple):
+    """Work of one device."""
+
+    flops: float
+    """Of matrix products and convolutions, without custom calls; zeros that pad a convolution cost nothing."""
+    hbm_bytes: float
+    """Read and written by the operations, where operands lie in HBM."""
+    cycles: float
+    """Sum of the compiler's estimates."""
+    uncounted: dict[str, float]
+    """Calls of custom calls, by target: the compiler estimates no cycles for them."""
+    collectives: dict[str, float]
+    """Bytes by kind: of the result of a gather, of what a reduction is given, of what is sent otherwise."""
+
+
+def parse(text: str) -> Program:
+    """Reads the text of a compiled module."""
+    computations: dict[str, Computation] = {}
+    roots: dict[str, str] = {}
+    entry, name, current = "", "", None
+    for line in text.splitlines():
+        if line.endswith("{") and "->" in line and not line.startswith(" "):
+            is_entry = line.startswith("ENTRY")
+            name = line.removeprefix("ENTRY").split("(")[0].strip().lstrip("%")
+            current = computations[name] = {}
+            entry = name if is_entry else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and " = " in line:
+            instruction = _instruction(line)
+            current[instruction.name] = instruction
+            if line.lstrip().startswith("ROOT"):
+                roots[name] = instruction.name
+    if not entry:
+        raise HloError("the text has no ENTRY computation: it is no compiled HLO module")
+    return Program(computations, roots, entry)
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i
+    raise HloError(f"unbalanced brackets in {text[:80]!r}")
+
+
+def _instruction(line: str) -> Instruction:
+    name, rest = line.strip().removeprefix("ROOT ").split(" = ", 1)
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    kind, rest = rest[:end], rest[end:].lstrip()
+    opening = rest.index("(")
+    closing = _closing(rest, opening)
+    operands = tuple(re.findall(r"%([\w.\-]+)", rest[opening:closing]))
+    return Instruction(name.lstrip("%"), _arrays(kind), rest[:opening], operands, rest[opening:])
+
+
+def _arrays(kind: str) -> tuple[Array, ...]:
+    return tuple(
+        Array(dtype, tuple(map(int, filter(None, shape.split(",")))), not re.search(r"S\([1-9]\)", layout or ""))
+        for dtype, shape, layout in _ARRAY.findall(kind)
+    )
+
+
+def trip_count(program: Program, computation: Computation, loop: Instruction) -> int:
+    """How often a `while` runs: what the compiler says, else the bound of its counter. Raises HloError where neither is known."""
+    known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
+    if known is not None:
+        return int(known)
+    name = loop.attribute(r"condition=%([\w.\-]+)") or ""
+    condition = program.computations[name]
+    compare = condition[program.roots[name]]
+    names = compare.operands
+    if compare.opcode == "fusion":  # the comparison alone, wrapped
+        wrapper, inner = compare, program.computations[compare.called[0]]
+        compare = inner[program.roots[wrapper.called[0]]]
+        outer = {p.name: wrapper.operands[int(p.rest[1 : p.rest.index(")")])] for p in inner.values() if p.opcode == "parameter"}
+        condition = condition | inner
+        names = tuple(outer.get(n, n) for n in compare.operands)
+    left, right = (_constant(condition, n, loop, computation) for n in names)
+    direction = compare.attribute(r"direction=(\w+)")
+    if direction == "LT" and right is not None:
+        return max(right - (left or 0), 0)
+    if direction == "GT" and left is not None:
+        return max(left - (right or 0), 0)
+    raise HloError(f"the trip count of {loop.name} is not known")
+
+
+def _constant(scope: Computation, name: str, loop: Instruction, outside: Computation) -> int | None:
+    """The value of a scalar of a loop's condition that is constant, or that the loop's initial tuple sets to a constant."""
+    found = scope.get(name)
+    while found is not None:
+        if found.opcode == "constant":
+            value = re.match(r"\((-?\d+)\)", found.rest)
+            return int(value.group(1)) if value else None
+        if found.opcode == "get-tuple-element" and scope is not outside:
+            initial = outside[loop.operands[0]]
+            if initial.opcode != "tuple":
+                return None
+            scope, found = outside, outside[initial.operands[int(found.attribute(r"index=(\d+)") or 0)]]
+        elif found.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
+            found = scope.get(found.operands[0])
+        else:
+            return None
+    return None
+
+
+def calls(program: Program) -> tuple[dict[str, float], set[str]]:
+    """How often each computation runs, and which of them run within a fusion."""
+    number: dict[str, float] = collections.defaultdict(float)
+    fused: set[str] = set()
+
+    def visit(name: str, times: float, inside: bool) -> None:
+        number[name] += times
+        if inside:
+            fused.add(name)
+        computation = program.computations[name]
+        for instruction in computation.values():
+            if instruction.opcode == "while":
+                body = instruction.attribute(r"body=%([\w.\-]+)") or ""
+                visit(body, times * trip_count(program, computation, instruction), inside)
+            elif instruction.opcode not in ("reduce", "reduce-window", "scatter", "sort", "map", "all-reduce", "reduce-scatter", "select-and-scatter"):
+                for called in instruction.called:
+                    if called in program.computations:
+                        visit(called, times, inside or instruction.opcode == "fusion")
+
+    visit(program.entry, 1.0, False)
+    return dict(number), fused
+
+
+def costs(program: Program) -> Costs:
+    """Adds up the work of one device."""
+    number, fused = calls(program)
+    flops = moved = cycles = 0.0
+    uncounted: dict[str, float] = collections.defaultdict(float)
+    collectives: dict[str, float] = collections.defaultdict(float)
+    for name, times in number.items():
+        computation = program.computations[name]
+        for instruction in computation.values():
+            if instruction.opcode == "convolution":
+                flops += times * convolution_flops(computation, instruction)
+            elif instruction.opcode == "dot":
+                flops += times * _dot_flops(computation, instruction)
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                collectives[kind] += times * _collective_bytes(computation, instruction, kind)
+            if name in fused:
+                continue
+            cycles += times * float(instruction.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+            if instruction.opcode == "custom-call":
+                target = instruction.attribute(r'custom_call_target="([^"]+)"') or "unknown"
+                uncounted[target] += times
+            moved += times * _moved(program, computation, instruction)
+    return Costs(flops, moved, cycles, dict(uncounted), dict(collectives))
+
+
+def convolution_flops(computation: Computation, instruction: Instruction) -> float:
+    """Two operations for every product that takes part, as the compiler counts: not those with padding or with holes."""
+    labels = instruction.attribute(r"dim_labels=([\w?]+_[\w?]+->[\w?]+)")
+    lhs, rhs = (computation_array(computation, name).shape for name in instruction.operands[:2])
+    out = instruction.arrays[0].shape
+    if labels is None:
+        raise HloError(f"convolution {instruction.name} has no dim_labels")
+    l_in, l_kernel, l_out = re.split(r"_|->", labels)
+    features = rhs[l_kernel.index("i")]
+    total = 2.0 * features * out[l_out.index("b")] * out[l_out.index("f")]
+    groups = int(instruction.attribute(r"batch_group_count=(\d+)") or 1)
+    window = instruction.attribute(r"window=\{([^}]*)\}") or ""
+    options = dict(part.split("=") for part in window.split())
+    spatial = sorted(c for c in l_out if c.isdigit())
+
+    def each(key: str, default: str) -> list[str]:
+        return options[key].split("x") if key in options else [default] * len(spatial)
+
+    for i, axis in enumerate(spatial):
+        low, high = map(int, each("pad", "0_0")[i].split("_"))
+        total *= _taps(
+            lhs[l_in.index(axis)],
+            rhs[l_kernel.index(axis)],
+            out[l_out.index(axis)],
+            int(each("stride", "1")[i]),
+            low,
+            int(each("lhs_dilate", "1")[i]),
+            int(each("rhs_dilate", "1")[i]),
+        )
+    return total / groups
+
+
+@functools.lru_cache(maxsize=4096)
+def _taps(size: int, kernel: int, out: int, stride: int, low: int, holes: int, spread: int) -> int:
+    """How many (output, kernel) pairs along an axis meet a real input."""
+    place = np.arange(out)[:, None] * stride - low + np.arange(kernel)[None] * spread
+    return int(np.sum((place >= 0) & (place <= (size - 1) * holes) & (place % holes == 0)))
+
+
+def _dot_flops(computation: Computation, instruction: Instruction) -> float:
+    contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+    shape = computation_array(computation, instruction.operands[0]).shape
+    return 2.0 * math.prod(instruction.arrays[0].shape) * math.prod(shape[int(i)] for i in contracted.split(",") if i)
+
+
+def computation_array(computation: Computation, name: str) -> Array:
+    """The (first) array of a value."""
+    return computation[name].arrays[0]
+
+
+def _collective_bytes(computation: Computation, instruction: Instruction, kind: str) -> float:
+    given = sum(a.nbytes for name in instruction.operands if name in computation for a in computation[name].arrays)
+    if kind != "all-gather":
+        return given
+    made = sum(a.nbytes for a in instruction.arrays)
+    return made - given if instruction.opcode.endswith("-start") else made
+
+
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id", "replica-id")
+
+
+def _moved(program: Program, computation: Computation, instruction: Instruction) -> float:
+    """HBM bytes of one run; of an operand that is only sliced, the slice."""
+    if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+        return 0.0
+    written = sum(a.nbytes for a in instruction.arrays if a.in_hbm)
+    if instruction.opcode in ("dynamic-slice", "slice"):
+        return 2.0 * written
+    if instruction.opcode == "copy-start":
+        return float(sum(a.nbytes for a in instruction.arrays[:2] if a.in_hbm))
+    read = 0.0
+    for i, name in enumerate(instruction.operands):
+        if name not in computation:
+            continue
+        whole = sum(a.nbytes for a in computation[name].arrays if a.in_hbm)
+        if whole and instruction.opcode == "fusion":
+            sliced = _sliced(program, instruction.called[0], i)
+            whole = whole if sliced is None else min(whole, sliced)
+        read += whole
+    return written + read
+
+
+def _sliced(program: Program, name: str, index: int) -> int | None:
+    """Bytes that a fused computation reads of a parameter of which it takes slices only; None where it takes all."""
+    computation = program.computations[name]
+    parameter = next((p for p in computation.values() if p.opcode == "parameter" and p.rest.startswith(f"({index})")), None)
+    if parameter is None:
+        return None
+    total = 0
+    for user in computation.values():
+        for i, operand in enumerate(user.operands):
+            if operand != parameter.name:
+                continue
+            if user.opcode in ("dynamic-slice", "slice"):
+                total += user.arrays[0].nbytes
+            elif user.opcode == "fusion":
+                inner = _sliced(program, user.called[0], i)
+                if inner is None:
+                    return None
+                total += inner
+            elif user.opcode == "dynamic-update-slice" and i == 0:
+                total += computation_array(computation, user.operands[1]).nbytes
+            else:
+                return None
+    return total
