@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from instantid_jax.nn.platform import target_platform
+
 __all__ = ["fits", "splash_attention"]
 
 _BLOCKS = (1024, 512, 256, 128)  # of queries and keys that are multiplied at once; those that divide the length, largest first
@@ -69,4 +71,5 @@ def _kernel(heads: int, queries: int, keys: int) -> Any:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     mask = masks.MultiHeadMask([masks.FullMask((queries, keys))] * heads)
-    return splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=_blocks(queries, keys))
+    emulated = target_platform() != "tpu"  # for tests
+    return splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=_blocks(queries, keys), interpret=emulated)

@@ -10,6 +10,7 @@ two slices. Needs libtpu: pip install -e ".[tpu]".
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import json
 import os
@@ -26,7 +27,7 @@ import jax
 
 from instantid_jax.parallel import hlo
 from instantid_jax.parallel.chips import Chip, TopologyError, device_mesh, parse_topology, topology_devices
-from instantid_jax.training.flops import count_flops, kernel_flops, minimum_flops
+from instantid_jax.training.flops import kernel_flops
 from instantid_jax.training.recipes import load_recipe
 
 if TYPE_CHECKING:
@@ -83,13 +84,16 @@ class StageReport:
     uncounted: dict[str, float]
     """Calls of custom calls, for which the compiler estimates no cycles."""
     collective_bytes: dict[str, float]
+    crossing_bytes: float
+    """The part of the collectives that goes between slices."""
     compile_seconds: float
     fits: bool = True
     error: str | None = None
 
 
-def analyze(stage: Stage, chip: Chip, devices: int, mesh: jax.sharding.Mesh) -> tuple[StageReport, Any]:
+def analyze(stage: Stage, chip: Chip, slices: int, mesh: jax.sharding.Mesh) -> tuple[StageReport, Any]:
     """Compiles a program and reads what it would do on one device."""
+    devices = mesh.size
     share = chip.flops_per_cycle / chip.devices
     with jax.set_mesh(mesh):
         began = time.perf_counter()
@@ -102,7 +106,7 @@ def analyze(stage: Stage, chip: Chip, devices: int, mesh: jax.sharding.Mesh) -> 
             return _too_large(stage, str(error), minimum, time.perf_counter() - began), None
         seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
-    work = hlo.costs(hlo.parse(compiled.as_text()))
+    work = hlo.costs(hlo.parse(compiled.as_text()), devices // slices if slices > 1 else None)
     own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     report = StageReport(
         name=stage.name,
@@ -119,6 +123,7 @@ def analyze(stage: Stage, chip: Chip, devices: int, mesh: jax.sharding.Mesh) -> 
         kernel_cycles=2 * inside / share,
         uncounted=work.uncounted,
         collective_bytes=work.collectives,
+        crossing_bytes=work.crossing,
         compile_seconds=seconds,
         fits=own + stage.resident <= chip.hbm_bytes // chip.devices,
     )
@@ -127,12 +132,20 @@ def analyze(stage: Stage, chip: Chip, devices: int, mesh: jax.sharding.Mesh) -> 
 
 def _too_large(stage: Stage, message: str, minimum: float, seconds: float) -> StageReport:
     """A program that the compiler refuses for its size; anything else is raised."""
-    used = re.search(r"Used ([\d.]+)([GMK]) of ([\d.]+)([GMK])", message)
+    used = re.search(r"Used ([\d.]+)([TGMK]) of ([\d.]+[GMK])", message) or re.search(
+        r"\(([\d.]+)([TGMK])\) exceeds available HBM \(([\d.]+[GMK])\)", message
+    )
     if used is None:
         raise TopologyError(f"{stage.name} does not compile: {message.splitlines()[0]}")
-    needed = int(float(used.group(1)) * {"G": 2**30, "M": 2**20, "K": 2**10}[used.group(2)])
+    needed = int(float(used.group(1)) * {"T": 2**40, "G": 2**30, "M": 2**20, "K": 2**10}[used.group(2)])
     nothing: dict[str, Any] = dict.fromkeys((f.name for f in dataclasses.fields(StageReport)), 0)
-    told = {"name": stage.name, "uncounted": {}, "collective_bytes": {}, "fits": False, "error": f"needs {used.group(0).removeprefix('Used ')}"}
+    told = {
+        "name": stage.name,
+        "uncounted": {},
+        "collective_bytes": {},
+        "fits": False,
+        "error": f"needs {used.group(1)}{used.group(2)}iB of {used.group(3)}iB",
+    }
     return StageReport(
         **nothing | told | {"hbm_peak_bytes": needed, "hbm_resident_bytes": stage.resident, "flops_minimum": minimum, "compile_seconds": seconds}
     )
@@ -170,10 +183,10 @@ def compile_plan(plan: Plan, say: Any = None, dump: Path | None = None) -> dict[
     if plan.program not in PROGRAMS:
         raise TopologyError(f"there is no program {plan.program!r}; there are {', '.join(PROGRAMS)}")
     chip, mesh = make_plan_mesh(plan)
-    devices = mesh.size
+    slices = parse_topology(plan.topology)[2]
     reports = []
-    for stage in stages(plan, mesh, devices):
-        report, compiled = analyze(stage, chip, devices, mesh)
+    for stage in stages(plan, mesh, mesh.size // chip.devices):
+        report, compiled = analyze(stage, chip, slices, mesh)
         reports.append(report)
         if dump is not None and compiled is not None:
             dump.mkdir(parents=True, exist_ok=True)
@@ -190,12 +203,13 @@ def summary(plan: Plan, chip: Chip, mesh: jax.sharding.Mesh, reports: list[Stage
         for kind, count in report.collective_bytes.items():
             collectives[kind] = collectives.get(kind, 0) + count
     flops, moved = sum(r.flops for r in reports), sum(r.hbm_bytes_accessed for r in reports)
+    crossing = sum(r.crossing_bytes for r in reports)
     limit = chip.hbm_bytes // chip.devices
     peak = max(r.hbm_peak_bytes for r in reports)
     seconds = {
         "compute": flops / (chip.flops / chip.devices),
         "memory": moved / (chip.hbm_bandwidth / chip.devices),
-        "interconnect": sum(collectives.values()) / (chip.ici_bandwidth / chip.devices),
+        "interconnect": (sum(collectives.values()) - crossing) * chip.devices / chip.ici_bandwidth + crossing * chip.devices / chip.dcn_bandwidth,
     }
     return {
         "topology": plan.topology,
@@ -212,6 +226,7 @@ def summary(plan: Plan, chip: Chip, mesh: jax.sharding.Mesh, reports: list[Stage
         "estimated_cycles": sum(r.estimated_cycles for r in reports),
         "kernel_cycles_at_half_peak": sum(r.kernel_cycles for r in reports),
         "collective_bytes": collectives,
+        "slice_crossing_bytes": crossing,
         "compile_seconds": sum(r.compile_seconds for r in reports),
         "bound_by": max(seconds, key=lambda name: seconds[name]),
         "roofline_shares": {name: value / max(sum(seconds.values()), 1e-30) for name, value in seconds.items()},
@@ -222,9 +237,23 @@ def summary(plan: Plan, chip: Chip, mesh: jax.sharding.Mesh, reports: list[Stage
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
     mib = 2**20
-    lines = [f"{result['program']} on {result['topology']}, mesh {' x '.join(f'{k} {v}' for k, v in result['mesh'].items())}; figures are of one device"]
-    head = ("program", "arguments", "temporaries", "output", "resident", "peak MiB", "TFLOP", "/ minimum", "GB moved", "Mcycles", "+ kernels", "compile s")
-    rows = [head]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
+    lines = [f"{result['program']} on {result['topology']}, mesh {mesh}; figures are of one device"]
+    head = (
+        "program",
+        "arguments",
+        "temporaries",
+        "output",
+        "resident",
+        "peak MiB",
+        "TFLOP",
+        "/ minimum",
+        "GB moved",
+        "Mcycles",
+        "+ kernels",
+        "compile s",
+    )
+    rows: list[tuple[str, ...]] = [head]
     for r in result["programs"]:
         ratio = f"{r['flops'] / r['flops_minimum']:.3f}" if r["flops_minimum"] else "-"
         sizes = (r[f"hbm_{name}_bytes"] for name in ("argument", "temporary", "output", "resident", "peak"))
@@ -238,7 +267,9 @@ def table(result: dict[str, Any]) -> str:
     lines.append(f"HBM: peak {peak / 2**30:.2f} GiB of {limit / 2**30:.2f} GiB: {'fits' if result['fits'] else 'does not fit'}")
     kinds = ", ".join(f"{kind} {count / mib:,.1f} MiB" for kind, count in sorted(result["collective_bytes"].items())) or "none"
     lines.append(f"collectives: {kinds}")
-    left = {name: count for r in result["programs"] for name, count in r["uncounted"].items()}
+    left = collections.Counter()
+    for r in result["programs"]:
+        left.update(r["uncounted"])
     lines.append(
         "cycles: the compiler's estimates; custom calls have none"
         + (f" ({', '.join(f'{n} x {c:,.0f}' for n, c in left.items())}); kernels count at half the chip's peak" if left else "")

@@ -89,7 +89,7 @@ def unet_stages(model: ModelConfig, compute: Any, mesh: Mesh, batch: int, size: 
     h, w = size[0] // model.vae.downscale, size[1] // model.vae.downscale
     tokens = model.text_encoder.max_position_embeddings
 
-    def shape(*sizes: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
+    def shape(*sizes: int, dtype: Any = dtype) -> Any:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
     sample, added = shape(batch, h, w, config.in_channels, dtype=jnp.float32), AddedConditions(shape(batch, config.pooled_dim), shape(batch, 6))
@@ -113,7 +113,7 @@ def unet_stages(model: ModelConfig, compute: Any, mesh: Mesh, batch: int, size: 
 
 def sample_stages(model: ModelConfig, compute: Any, mesh: Mesh, pictures: int, size: tuple[int, int], steps: int) -> list[Stage]:
     """The programs of a call of the pipeline with guidance, whose weights all stay in memory."""
-    networks = build_networks(model, compute)
+    networks = build_networks(model, compute)  # in float16 alone the pipeline keeps the autoencoder in float32
     weights = {name: _placed(networks[name].abstract, mesh, jnp.dtype(compute.dtype)) for name in (*FROZEN, *TRAINABLE)}
     h, w = size[0] // model.vae.downscale, size[1] // model.vae.downscale
     batch, tokens, f = 2 * pictures, model.text_encoder.max_position_embeddings, jnp.float32
@@ -128,7 +128,9 @@ def sample_stages(model: ModelConfig, compute: Any, mesh: Mesh, pictures: int, s
         everywhere = NamedSharding(mesh, PartitionSpec())
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=everywhere), tree)
 
-    text, pooled, sizes, person = rows(((tokens, width), half), ((model.unet.pooled_dim,), half), ((6,), f), ((model.resampler.num_queries, width), half))
+    text, pooled, sizes, person = rows(
+        ((tokens, width), half), ((model.unet.pooled_dim,), half), ((6,), f), ((model.resampler.num_queries, width), half)
+    )
     (latents, seeds) = rows(((h, w, model.unet.in_channels), f), ((), jnp.uint32), count=pictures)
     (embeddings,), (ids,) = rows(((model.resampler.embedding_dim,), f)), rows(((tokens,), jnp.int32))
     picture = jax.ShapeDtypeStruct((1, *size, 3), f)

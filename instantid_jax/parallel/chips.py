@@ -30,16 +30,20 @@ class Chip:
     """One chip of a generation."""
 
     hbm_bytes: int
+    """What the compiler lets programs use; a little less than the chip has."""
     flops: float
     """Peak of bfloat16 matrix products, operations a second."""
     hbm_bandwidth: float
     """Bytes a second."""
     ici_bandwidth: float
     """Bytes a second that leave a chip over all its links together, one direction."""
+    dcn_bandwidth: float
+    """Bytes a second that leave a chip for other slices: its host's network, divided by the host's chips."""
     clock: float
     """Cycles a second: peak / (two operations x multipliers)."""
     devices: int = 1
-    """JAX devices a chip: a v4's two cores are one device in a real pod (megacore), but two in a description of it."""
+    """JAX devices a chip: the two cores of a v4 are one device in a real pod (megacore), but two in the compiler's description of it, each
+    with half of the memory."""
     dimensions: int = 2
     """Of the torus."""
 
@@ -50,17 +54,17 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(32 * GiB, 275e12, 1228e9, 300e9, 1.05e9, devices=2, dimensions=3),
-    "v5e": Chip(16 * GiB, 197e12, 819e9, 200e9, 1.5e9),
-    "v5p": Chip(95 * GiB, 459e12, 2765e9, 600e9, 1.75e9, dimensions=3),
-    "v6e": Chip(32 * GiB, 918e12, 1640e9, 448e9, 1.75e9),
+    "v4": Chip(int(30.5 * GiB), 275e12, 1228e9, 300e9, 6.25e9, 1.05e9, devices=2, dimensions=3),
+    "v5e": Chip(int(15.75 * GiB), 197e12, 819e9, 200e9, 3.125e9, 1.5e9),
+    "v5p": Chip(int(95.74 * GiB), 459e12, 2765e9, 600e9, 6.25e9, 1.75e9, dimensions=3),
+    "v6e": Chip(int(31.25 * GiB), 918e12, 1640e9, 448e9, 6.25e9, 1.75e9),
 }
 _EXAMPLES = {"v4": "v4:2x2x1", "v5e": "v5e:4x4", "v5p": "v5p:2x2x2", "v6e": "v6e:4x4"}
 _KNOWN = ", ".join(f"{name} (as {example})" for name, example in _EXAMPLES.items())
 
 
 def parse_topology(name: str) -> tuple[str, tuple[int, ...], int]:
-    """"v5e:4x4" to (generation, chips along each axis, slices); "2*v5e:4x4" is two such slices. Raises TopologyError."""
+    """ "v5e:4x4" to (generation, chips along each axis, slices); "2*v5e:4x4" is two such slices. Raises TopologyError."""
     found = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)", name)
     if found is None or found.group(2) not in CHIPS:
         raise TopologyError(f"{name!r} is no topology known here; known are {_KNOWN}, and several slices as 2*v5e:4x4")
@@ -75,8 +79,9 @@ def topology_devices(name: str) -> tuple[Chip, list[Any]]:
     """The chip and the devices of a topology, to compile for. Needs libtpu, but no TPU. Raises TopologyError."""
     generation, shape, slices = parse_topology(name)
     # libtpu looks for a machine's metadata, and locks itself, unless told that there is none.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
     try:
         import libtpu  # noqa: F401
     except ModuleNotFoundError as missing:

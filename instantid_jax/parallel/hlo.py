@@ -12,11 +12,12 @@ import collections
 import functools
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Costs", "HloError", "Program", "costs", "parse"]
+__all__ = ["Costs", "HloError", "Program", "costs", "parse", "taps"]
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast", "ragged-all-to-all")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s16": 16, "u16": 16, "f32": 32, "s32": 32, "u32": 32, "f64": 64}
@@ -87,6 +88,8 @@ class Costs(NamedTuple):
     """Calls of custom calls, by target: the compiler estimates no cycles for them."""
     collectives: dict[str, float]
     """Bytes by kind: of the result of a gather, of what a reduction is given, of what is sent otherwise."""
+    crossing: float
+    """The part of the collectives' bytes whose groups have devices of several slices."""
 
 
 def parse(text: str) -> Program:
@@ -94,7 +97,7 @@ def parse(text: str) -> Program:
     computations: dict[str, Computation] = {}
     roots: dict[str, str] = {}
     entry, name, current = "", "", None
-    for line in text.splitlines():
+    for line in _lines(text):
         if line.endswith("{") and "->" in line and not line.startswith(" "):
             is_entry = line.startswith("ENTRY")
             name = line.removeprefix("ENTRY").split("(")[0].strip().lstrip("%")
@@ -110,6 +113,18 @@ def parse(text: str) -> Program:
     if not entry:
         raise HloError("the text has no ENTRY computation: it is no compiled HLO module")
     return Program(computations, roots, entry)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Lines of the text; what a kernel's metadata breaks over several is put together again."""
+    held = ""
+    for line in text.splitlines():
+        begins = line.startswith((" ", "%", "ENTRY", "HloModule")) or line in ("", "}")
+        if begins and held:
+            yield held
+            held = ""
+        held = line if begins else held + line
+    yield held
 
 
 def _closing(text: str, start: int) -> int:
@@ -181,6 +196,10 @@ def _constant(scope: Computation, name: str, loop: Instruction, outside: Computa
     return None
 
 
+# Operations that call a computation for every element, to combine two.
+_COMBINING = ("reduce", "reduce-window", "scatter", "sort", "map", "all-reduce", "reduce-scatter", "select-and-scatter")
+
+
 def calls(program: Program) -> tuple[dict[str, float], set[str]]:
     """How often each computation runs, and which of them run within a fusion."""
     number: dict[str, float] = collections.defaultdict(float)
@@ -195,7 +214,16 @@ def calls(program: Program) -> tuple[dict[str, float], set[str]]:
             if instruction.opcode == "while":
                 body = instruction.attribute(r"body=%([\w.\-]+)") or ""
                 visit(body, times * trip_count(program, computation, instruction), inside)
-            elif instruction.opcode not in ("reduce", "reduce-window", "scatter", "sort", "map", "all-reduce", "reduce-scatter", "select-and-scatter"):
+            elif instruction.opcode not in (
+                "reduce",
+                "reduce-window",
+                "scatter",
+                "sort",
+                "map",
+                "all-reduce",
+                "reduce-scatter",
+                "select-and-scatter",
+            ):
                 for called in instruction.called:
                     if called in program.computations:
                         visit(called, times, inside or instruction.opcode == "fusion")
@@ -204,10 +232,10 @@ def calls(program: Program) -> tuple[dict[str, float], set[str]]:
     return dict(number), fused
 
 
-def costs(program: Program) -> Costs:
-    """Adds up the work of one device."""
+def costs(program: Program, slice_size: int | None = None) -> Costs:
+    """Adds up the work of one device. `slice_size` is the number of devices of a slice, where there are several."""
     number, fused = calls(program)
-    flops = moved = cycles = 0.0
+    flops = moved = cycles = crossing = 0.0
     uncounted: dict[str, float] = collections.defaultdict(float)
     collectives: dict[str, float] = collections.defaultdict(float)
     for name, times in number.items():
@@ -219,7 +247,11 @@ def costs(program: Program) -> Costs:
                 flops += times * _dot_flops(computation, instruction)
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                collectives[kind] += times * _collective_bytes(computation, instruction, kind)
+                sent = times * _collective_bytes(computation, instruction, kind)
+                crossing += sent if slice_size and _crosses(instruction, slice_size) else 0.0
+                # A TPU's text has a reduce-scatter as a reduction of which each device keeps its part.
+                scattered = kind == "all-reduce" and "all-reduce-scatter" in name
+                collectives["reduce-scatter" if scattered else kind] += sent
             if name in fused:
                 continue
             cycles += times * float(instruction.attribute(r'"estimated_cycles":"(\d+)"') or 0)
@@ -227,7 +259,7 @@ def costs(program: Program) -> Costs:
                 target = instruction.attribute(r'custom_call_target="([^"]+)"') or "unknown"
                 uncounted[target] += times
             moved += times * _moved(program, computation, instruction)
-    return Costs(flops, moved, cycles, dict(uncounted), dict(collectives))
+    return Costs(flops, moved, cycles, dict(uncounted), dict(collectives), crossing)
 
 
 def convolution_flops(computation: Computation, instruction: Instruction) -> float:
@@ -249,8 +281,8 @@ def convolution_flops(computation: Computation, instruction: Instruction) -> flo
         return options[key].split("x") if key in options else [default] * len(spatial)
 
     for i, axis in enumerate(spatial):
-        low, high = map(int, each("pad", "0_0")[i].split("_"))
-        total *= _taps(
+        low = int(each("pad", "0_0")[i].split("_")[0])
+        total *= taps(
             lhs[l_in.index(axis)],
             rhs[l_kernel.index(axis)],
             out[l_out.index(axis)],
@@ -263,7 +295,7 @@ def convolution_flops(computation: Computation, instruction: Instruction) -> flo
 
 
 @functools.lru_cache(maxsize=4096)
-def _taps(size: int, kernel: int, out: int, stride: int, low: int, holes: int, spread: int) -> int:
+def taps(size: int, kernel: int, out: int, stride: int, low: int, holes: int, spread: int) -> int:
     """How many (output, kernel) pairs along an axis meet a real input."""
     place = np.arange(out)[:, None] * stride - low + np.arange(kernel)[None] * spread
     return int(np.sum((place >= 0) & (place <= (size - 1) * holes) & (place % holes == 0)))
@@ -286,6 +318,35 @@ def _collective_bytes(computation: Computation, instruction: Instruction, kind: 
         return given
     made = sum(a.nbytes for a in instruction.arrays)
     return made - given if instruction.opcode.endswith("-start") else made
+
+
+def _crosses(instruction: Instruction, slice_size: int) -> bool:
+    """Whether a group of the collective has devices of several slices; devices are numbered slice by slice."""
+    pairs = instruction.attribute(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}")
+    listed = pairs or instruction.attribute(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}")
+    if listed is not None:
+        groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed)]
+    else:
+        groups = _numbered_groups(instruction)
+    return any(len({n // slice_size for n in group}) > 1 for group in groups)
+
+
+def _numbered_groups(instruction: Instruction) -> list[list[int]]:
+    """Groups in the forms [4,2]<=[2,4]T(1,0) and mesh['a'=2,'b'=4] {'b'}; everyone in one group where none is named."""
+    found = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.rest)
+    if found is not None:
+        shape = [int(n) for n in found.group(3).split(",")]
+        order = [int(n) for n in (found.group(4) or ",".join(map(str, range(len(shape))))).split(",")]
+        return np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(int(found.group(1)), int(found.group(2))).tolist()
+    found = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", instruction.rest)
+    if found is not None:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
+        along = re.findall(r"'(\w+)'", found.group(2))
+        names = list(sizes)
+        order = [names.index(n) for n in names if n not in along] + [names.index(n) for n in along]
+        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values())).transpose(order)
+        return ids.reshape(-1, math.prod(sizes[n] for n in along)).tolist()
+    raise HloError(f"the groups of {instruction.name} cannot be read: {instruction.rest[:200]}")
 
 
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id", "replica-id")

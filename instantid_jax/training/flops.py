@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from instantid_jax.parallel.hlo import taps
+
 __all__ = ["count_flops", "kernel_flops", "minimum_flops"]
 
 
@@ -99,11 +101,20 @@ class _Single(NamedTuple):
 
 
 def _convolution(equation: Any) -> float:
-    kernel, numbers = equation.invars[1].aval, equation.params["dimension_numbers"]
-    products = kernel.size // kernel.shape[numbers.rhs_spec[0]]
-    # Zeros between the inputs, which the gradient of a strided convolution has, cost nothing.
-    holes = math.prod(equation.params["lhs_dilation"])
-    return 2 * equation.outvars[0].aval.size * products / holes / equation.params["batch_group_count"]
+    """Zeros around the inputs and between them (which the gradient of a strided convolution has) cost nothing."""
+    parameters, numbers = equation.params, equation.params["dimension_numbers"]
+    image, kernel, out = (v.aval.shape for v in (*equation.invars, *equation.outvars))
+    batch, channels, *places = numbers.out_spec
+    total = 2.0 * out[batch] * out[channels] * kernel[numbers.rhs_spec[1]] / parameters["batch_group_count"]
+    for axis, place in enumerate(places):
+        total *= taps(
+            image[numbers.lhs_spec[2 + axis]],
+            kernel[numbers.rhs_spec[2 + axis]],
+            out[place],
+            *(parameters["window_strides"][axis], parameters["padding"][axis][0]),
+            *(parameters["lhs_dilation"][axis], parameters["rhs_dilation"][axis]),
+        )
+    return total
 
 
 def _inner(parameters: dict[str, Any]) -> list[Any]:
