@@ -63,6 +63,9 @@ def _blocks(queries: int, keys: int) -> Any:
         block_kv_dkv=min(columns, 512),
         block_kv_dkv_compute=min(columns, 512),
         use_fused_bwd_kernel=True,
+        q_layout=splash.QKVLayout.SEQ_MINOR,
+        k_layout=splash.QKVLayout.SEQ_MINOR,
+        v_layout=splash.QKVLayout.SEQ_MINOR,
     )
 
 

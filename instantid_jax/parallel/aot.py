@@ -292,13 +292,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=30, help="denoising steps")
     parser.add_argument("--size", type=int, default=1024, help="height and width in pixels, of sampling")
     parser.add_argument("--remat", help="compute.remat of the recipe: none, dots, blocks or full")
+    parser.add_argument("--dtype", help="compute.dtype of the recipe")
     parser.add_argument("--attention", help="compute.attention of the recipe")
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--dump", type=Path, help="folder for the compiled programs' text")
     given = parser.parse_args(arguments)
     try:
         config = load_recipe(given.config)
-        changes = {name: getattr(given, name) for name in ("remat", "attention") if getattr(given, name) is not None}
+        changes = {name: getattr(given, name) for name in ("remat", "attention", "dtype") if getattr(given, name) is not None}
         config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, **changes))
         plan = Plan(given.topology, given.program, config, given.data, given.fsdp, given.tensor, given.batch, given.steps, given.size)
         result = compile_plan(plan, lambda line: print(line, file=sys.stderr, flush=True), given.dump)

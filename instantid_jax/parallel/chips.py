@@ -80,8 +80,8 @@ def topology_devices(name: str) -> tuple[Chip, list[Any]]:
     generation, shape, slices = parse_topology(name)
     # libtpu looks for a machine's metadata, and locks itself, unless told that there is none.
     alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
+    for variable, value in alone.items():
+        os.environ.setdefault(variable, value)
     try:
         import libtpu  # noqa: F401
     except ModuleNotFoundError as missing:

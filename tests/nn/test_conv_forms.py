@@ -30,7 +30,7 @@ def test_equal_to_a_convolution_forward_and_backward(shape: tuple[int, ...]) -> 
 
 @pytest.mark.parametrize(
     ("height", "channels", "stride", "matmul"),
-    [(32, 1280, 1, True), (64, 640, 1, True), (128, 320, 1, False), (32, 1280, 2, False), (32, 64, 1, False)],
+    [(32, 1280, 1, True), (64, 640, 1, True), (128, 320, 1, True), (256, 256, 1, False), (32, 1280, 2, False), (32, 64, 1, False)],
 )
 def test_the_form_goes_by_platform_and_shape(monkeypatch: pytest.MonkeyPatch, height: int, channels: int, stride: int, matmul: bool) -> None:
     layer = nnx.eval_shape(lambda: Conv(channels, 8, stride=stride, dtype=jnp.float32, rngs=nnx.Rngs(0)))

@@ -1,0 +1,104 @@
+"""Compiles the real programs at full size for TPU topologies, and writes docs/scale.json and the tables of docs/scale.md.
+
+    python benchmarks/scale.py                        # everything: hours
+    python benchmarks/scale.py --only unet_v5e_1      # one case; the others stay as they were written
+
+Needs libtpu (pip install -e ".[tpu]"), no TPU, and 24 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE = ROOT / "docs/scale.json", ROOT / "docs/scale.md"
+BEGIN, END = "<!-- made by benchmarks/scale.py -->", "<!-- until here -->"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run of the tool."""
+
+    topology: str
+    program: str
+    options: tuple[str, ...] = ()
+    config: str = "configs/instantid.py"
+
+
+CASES: dict[str, Case] = {
+    "small_unet": Case("v5e:1x1", "unet", ("--size", "64", "--dtype", "bfloat16"), "configs/portraits_quick.py"),
+    "unet_v5e_1": Case("v5e:1x1", "unet"),
+    "sample_v5e_1": Case("v5e:1x1", "sample"),
+    "sample_v5e_16": Case("v5e:4x4", "sample"),
+    "sample_v6e_16": Case("v6e:4x4", "sample"),
+    "train_v5e_4": Case("v5e:2x2", "train", ("--remat", "full")),
+    "train_v5e_16": Case("v5e:4x4", "train", ("--remat", "blocks")),
+    "train_v5e_16_plain": Case("v5e:4x4", "train", ("--remat", "none")),
+    "train_v5e_256": Case("v5e:16x16", "train", ("--remat", "blocks", "--data", "16", "--fsdp", "16")),
+    "train_v6e_16": Case("v6e:4x4", "train", ("--remat", "none", "--batch", "32")),
+    "train_v5p_8": Case("v5p:2x2x2", "train", ("--remat", "none", "--batch", "32")),
+    "train_v5p_64": Case("v5p:4x4x4", "train", ("--remat", "none", "--batch", "256", "--data", "4", "--fsdp", "16")),
+    "train_2_v5e_16": Case("2*v5e:4x4", "train", ("--remat", "blocks")),
+    "train_v4_4": Case("v4:2x2x1", "train", ("--remat", "blocks")),
+}
+
+
+def run(case: Case) -> dict[str, Any]:
+    """Runs the tool in a process of its own, so that memory is given back."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "instantid_jax.parallel.aot", "--topology", case.topology, "--program", case.program]
+        command += ["--config", case.config, *case.options, "--json", str(file)]
+        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+        return json.loads(file.read_text(encoding="utf-8")) | {"command": " ".join(command[1:-2]), "libtpu": importlib.metadata.version("libtpu")}
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """One row a case."""
+    head = ("case", "mesh", "pictures", "HBM peak / limit (GiB)", "temporaries", "TFLOP a device", "/ minimum", "Mcycles + kernels")
+    head += ("collectives (GiB)", "bound by", "compile s")
+    rows = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for name, r in results.items():
+        gib = 2**30
+        mesh = " x ".join(f"{axis} {n}" for axis, n in r["mesh"].items() if n > 1) or "one"
+        fits = "" if r["fits"] else " **does not fit**"
+        temporary = max(p["hbm_temporary_bytes"] for p in r["programs"]) / gib
+        moved = ", ".join(f"{kind} {count / gib:.2f}" for kind, count in sorted(r["collective_bytes"].items()) if count > gib / 200) or "none"
+        whole = r["flops"] > 0
+        cells = [f"`{name}`", mesh, str(r["batch"]), f"{r['hbm_peak_bytes'] / gib:.2f} / {r['hbm_limit_bytes'] / gib:.2f}{fits}"]
+        cells += [f"{temporary:.2f}" if whole else "-", f"{r['flops'] / 1e12:.2f}" if whole else "-"]
+        cells += [f"{r['flops'] / r['flops_minimum']:.3f}" if whole else "-"]
+        cells += [f"{r['estimated_cycles'] / 1e6:.0f} + {r['kernel_cycles_at_half_peak'] / 1e6:.0f}" if whole else "-"]
+        cells += [moved, r["bound_by"] if whole else "-", f"{r['compile_seconds']:.0f}"]
+        rows.append("| " + " | ".join(cells) + " |")
+    rows += ["", "Commands:", ""]
+    rows += [f"- `{name}`: `python {r['command']}` (jax {r['jax']}, libtpu {r['libtpu']})" for name, r in results.items()]
+    return rows
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases to run")
+    given = parser.parse_args()
+    results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    for name in given.only:
+        results[name] = run(CASES[name])
+        ordered = {known: results[known] for known in CASES if known in results}
+        RESULTS.write_text(json.dumps(ordered, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        PAGE.write_text("\n".join([before + BEGIN, "", *table(ordered), "", END]) + rest.partition(END)[2], encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
