@@ -30,7 +30,7 @@ from instantid_jax.progress import CompileSeconds, StepBar
 from instantid_jax.references import check_files, read_identity
 from instantid_jax.request import in_options
 from instantid_jax.sample_options import SampleOptions
-from instantid_jax.sampling import conditions_of, inputs_of, model_config, open_pipeline, settings_of
+from instantid_jax.sampling import conditions_of, inputs_of, model_config, open_pipeline, plan_table, settings_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = tyro.cli(SampleOptions, args=arguments, description=__doc__)
     warnings.showwarning = lambda message, *_: print(f"sample.py: {in_options(str(message))}", file=sys.stderr)
     try:
+        if options.aot is not None:
+            print(plan_table(options))
+            return 0
         if options.jobs is not None:
             return run_jobs(options)
         print("\n".join(map(str, run(options))), flush=True)

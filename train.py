@@ -39,6 +39,8 @@ class Command:
     recipe: Annotated[TrainConfig, tyro.conf.arg(name="")]
     dry_run: bool = False
     """Compile the step, print memory and FLOPs, train nothing."""
+    aot: str | None = None
+    """Compile the step for TPUs that are not at hand, as v5e:4x4, tell memory, FLOPs and collectives, train nothing."""
     explain_sharding: bool = False
     """Print path, shape, partition and bytes a device of every weight, and stop."""
     resume_step: int | None = None
@@ -81,6 +83,11 @@ def run(command: Command) -> int:
         raise OptionError("--coordinator, --processes and --process go with --distributed")
     if command.explain_sharding:
         print(explain_sharding(command.recipe))
+        return 0
+    if command.aot is not None:
+        from instantid_jax.parallel.aot import recipe_plan, tell  # only a plan needs it
+
+        print(tell(recipe_plan(command.aot, command.recipe)))
         return 0
     if command.dry_run:
         print(dry_run(command.recipe))

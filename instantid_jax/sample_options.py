@@ -28,7 +28,7 @@ _SMALL: dict[str, Any] = {
 }
 
 
-RUN_OPTIONS = ("out", "jobs", "distributed", "coordinator", "processes", "process")
+RUN_OPTIONS = ("out", "jobs", "aot", "distributed", "coordinator", "processes", "process")
 """Options that say where and how, and decide nothing of a picture."""
 
 
@@ -68,6 +68,7 @@ class SampleOptions:
     out: Path = Path("outputs")  # Folder for the pictures and the contact sheet. Pictures with other settings stay: new ones get a number.
 
     jobs: Path | None = None  # Many pictures: a JSONL file of faces, prompts, seeds and settings (docs/jobs.md). The other options are its defaults.
+    aot: str | None = None  # Draw nothing: compile SDXL (or the model of --weights) for TPUs that are not at hand, as v5e:1x1: memory, FLOPs.
     distributed: bool = False  # With --jobs: share it with other processes, found as train.py finds them, or by the three below.
     coordinator: str | None = None  # Address "host:port" of process 0.
     processes: int | None = None  # How many processes there are.

@@ -28,13 +28,13 @@ import jax
 from instantid_jax.parallel import hlo
 from instantid_jax.parallel.chips import Chip, TopologyError, device_mesh, parse_topology, topology_devices
 from instantid_jax.training.flops import kernel_flops
-from instantid_jax.training.recipes import load_recipe
 
 if TYPE_CHECKING:
+    from instantid_jax.config import ComputeConfig, ModelConfig
     from instantid_jax.parallel.aot_programs import Stage
     from instantid_jax.training.config import TrainConfig
 
-__all__ = ["PROGRAMS", "Plan", "StageReport", "analyze", "compile_plan", "main", "table"]
+__all__ = ["PROGRAMS", "Plan", "StageReport", "analyze", "compile_plan", "main", "recipe_plan", "table", "tell"]
 
 PROGRAMS = ("unet", "sample", "train")
 _MOSAIC = "tpu_custom_call"
@@ -46,8 +46,10 @@ class Plan:
 
     topology: str
     program: str
-    config: TrainConfig
-    """The model, its arithmetic, sizes and batch come from here."""
+    model: ModelConfig
+    compute: ComputeConfig
+    recipe: TrainConfig | None = None
+    """What is trained, for the program "train"."""
     data: int | None = None
     fsdp: int | None = None
     """Devices along each axis. By default training splits weights over a slice (`data` over the slices), sampling whole pictures."""
@@ -56,7 +58,7 @@ class Plan:
     """Training: pictures a step. Sampling: pictures (with guidance twice as many rows). UNet: rows. By default 1, 1 and 2 a chip."""
     steps: int = 30
     """Denoising steps."""
-    size: int = 1024
+    size: tuple[int, int] = (1024, 1024)
     """Height and width in pixels, of sampling."""
 
 
@@ -155,13 +157,14 @@ def stages(plan: Plan, mesh: jax.sharding.Mesh, chips: int) -> list[Stage]:
     """The programs of a plan."""
     from instantid_jax.parallel import aot_programs as programs
 
-    config, size = plan.config, (plan.size, plan.size)
     if plan.program == "train":
-        loader = dataclasses.replace(config.loader, global_batch=plan.batch or chips)
-        return programs.train_stages(dataclasses.replace(config, loader=loader), mesh)
+        if plan.recipe is None:
+            raise TopologyError("the program train needs a recipe: --config FILE")
+        loader = dataclasses.replace(plan.recipe.loader, global_batch=plan.batch or chips)
+        return programs.train_stages(dataclasses.replace(plan.recipe, compute=plan.compute, loader=loader), mesh)
     if plan.program == "sample":
-        return programs.sample_stages(config.model, config.compute, mesh, plan.batch or chips, size, plan.steps)
-    return programs.unet_stages(config.model, config.compute, mesh, plan.batch or 2 * chips, size)
+        return programs.sample_stages(plan.model, plan.compute, mesh, plan.batch or chips, plan.size, plan.steps)
+    return programs.unet_stages(plan.model, plan.compute, mesh, plan.batch or 2 * chips, plan.size)
 
 
 def make_plan_mesh(plan: Plan) -> tuple[Chip, jax.sharding.Mesh]:
@@ -180,6 +183,7 @@ def make_plan_mesh(plan: Plan) -> tuple[Chip, jax.sharding.Mesh]:
 
 def compile_plan(plan: Plan, say: Any = None, dump: Path | None = None) -> dict[str, Any]:
     """Compiles a plan's programs; returns what the command line writes as JSON. Raises TopologyError, ValueError."""
+    jax.config.update("jax_platforms", "cpu")  # with libtpu installed JAX would look for a TPU, and complain
     if plan.program not in PROGRAMS:
         raise TopologyError(f"there is no program {plan.program!r}; there are {', '.join(PROGRAMS)}")
     chip, mesh = make_plan_mesh(plan)
@@ -279,6 +283,19 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def recipe_plan(topology: str, recipe: TrainConfig) -> Plan:
+    """The training step of a recipe as it stands: its batch, and its mesh unless that is one device."""
+    shape = recipe.mesh
+    one = shape.data * shape.fsdp * shape.tensor == 1
+    data, fsdp, tensor = (None, None, 1) if one else (shape.data, shape.fsdp, shape.tensor)
+    return Plan(topology, "train", recipe.model, recipe.compute, recipe, data, fsdp, tensor, recipe.loader.global_batch)
+
+
+def tell(plan: Plan) -> str:
+    """The table of a plan; progress goes to the standard error. Raises TopologyError, ValueError."""
+    return table(compile_plan(plan, lambda line: print(line, file=sys.stderr, flush=True)))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m instantid_jax.parallel.aot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -297,11 +314,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--dump", type=Path, help="folder for the compiled programs' text")
     given = parser.parse_args(arguments)
+    from instantid_jax.training.recipes import load_recipe  # needs the packages of training
+
     try:
         config = load_recipe(given.config)
         changes = {name: getattr(given, name) for name in ("remat", "attention", "dtype") if getattr(given, name) is not None}
         config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, **changes))
-        plan = Plan(given.topology, given.program, config, given.data, given.fsdp, given.tensor, given.batch, given.steps, given.size)
+        axes = {name: getattr(given, name) for name in ("data", "fsdp", "tensor", "batch", "steps")}
+        plan = Plan(given.topology, given.program, config.model, config.compute, config, **axes, size=(given.size, given.size))
         result = compile_plan(plan, lambda line: print(line, file=sys.stderr, flush=True), given.dump)
     except (ValueError, OSError) as error:
         print(f"aot: {error}", file=sys.stderr)

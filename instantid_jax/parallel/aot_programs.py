@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,10 @@ from instantid_jax.models.encoder import AddedConditions, IdentityContext, TextC
 from instantid_jax.models.unet import Residuals
 from instantid_jax.parallel.mesh import batch_sharding
 from instantid_jax.parallel.rules import shardings
-from instantid_jax.training.config import MeshConfig, TrainConfig
 from instantid_jax.training.flops import count_flops, minimum_flops
-from instantid_jax.training.objectives import draw, per_sample
-from instantid_jax.training.program import Program
-from instantid_jax.training.state import merge
+
+if TYPE_CHECKING:
+    from instantid_jax.training.config import TrainConfig
 
 __all__ = ["Stage", "sample_stages", "train_stages", "unet_stages"]
 
@@ -159,6 +158,11 @@ def sample_stages(model: ModelConfig, compute: Any, mesh: Mesh, pictures: int, s
 
 def train_stages(config: TrainConfig, mesh: Mesh) -> list[Stage]:
     """The training step."""
+    from instantid_jax.training.config import MeshConfig  # these need the packages of training
+    from instantid_jax.training.objectives import draw, per_sample
+    from instantid_jax.training.program import Program
+    from instantid_jax.training.state import merge
+
     shape = MeshConfig(mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"])
     program = Program(dataclasses.replace(config, mesh=shape), mesh)
     limit = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))

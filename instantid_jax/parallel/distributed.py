@@ -44,8 +44,8 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     Given are the address ("host:port") of process 0, how many processes there are and which one this is, or nothing: then the
     environment says so (`environment`), or JAX finds it on TPU pods, Slurm and Open MPI.
 
-    Raises `OptionError` for a part of these, ValueError where it is not known. Where the others do not come within `timeout` seconds the process ends with exit
-    status 1 and one sentence: JAX waits in native code that nothing else can end.
+    Raises `OptionError` for a part of these, ValueError where it is not known. Where the others do not come within `timeout` seconds
+    the process ends with exit status 1 and one sentence: JAX waits in native code that nothing else can end.
     """
     given = (coordinator, processes, process)
     if None in given and given != (None, None, None):
