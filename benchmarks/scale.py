@@ -65,7 +65,7 @@ def run(case: Case) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> list[str]:
     """One row a case."""
     head = ("case", "mesh", "pictures", "HBM peak / limit (GiB)", "temporaries", "TFLOP a device", "/ minimum", "Mcycles + kernels")
-    head += ("collectives (GiB)", "bound by", "compile s")
+    head += ("collectives (GiB)", "bound by", "compile s (CPU s)")
     rows = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for name, r in results.items():
         gib = 2**30
@@ -78,7 +78,7 @@ def table(results: dict[str, Any]) -> list[str]:
         cells += [f"{temporary:.2f}" if whole else "-", f"{r['flops'] / 1e12:.2f}" if whole else "-"]
         cells += [f"{r['flops'] / r['flops_minimum']:.3f}" if whole else "-"]
         cells += [f"{r['estimated_cycles'] / 1e6:.0f} + {r['kernel_cycles_at_half_peak'] / 1e6:.0f}" if whole else "-"]
-        cells += [moved, r["bound_by"] if whole else "-", f"{r['compile_seconds']:.0f}"]
+        cells += [moved, r["bound_by"] if whole else "-", f"{r['compile_seconds']:.0f} ({r['compile_cpu_seconds']:.0f})"]
         rows.append("| " + " | ".join(cells) + " |")
     rows += ["", "Commands:", ""]
     rows += [f"- `{name}`: `python {r['command']}` (jax {r['jax']}, libtpu {r['libtpu']})" for name, r in results.items()]

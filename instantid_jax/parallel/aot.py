@@ -89,6 +89,8 @@ class StageReport:
     crossing_bytes: float
     """The part of the collectives that goes between slices."""
     compile_seconds: float
+    compile_cpu_seconds: float
+    """Of all threads together: what a machine that was busy with other work took."""
     fits: bool = True
     error: str | None = None
 
@@ -98,7 +100,7 @@ def analyze(stage: Stage, chip: Chip, slices: int, mesh: jax.sharding.Mesh) -> t
     devices = mesh.size
     share = chip.flops_per_cycle / chip.devices
     with jax.set_mesh(mesh):
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         traced = stage.function.trace(*stage.arguments)
         inside = kernel_flops(traced.jaxpr)
         minimum = stage.minimum(traced) / devices
@@ -106,7 +108,7 @@ def analyze(stage: Stage, chip: Chip, slices: int, mesh: jax.sharding.Mesh) -> t
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
             return _too_large(stage, str(error), minimum, time.perf_counter() - began), None
-        seconds = time.perf_counter() - began
+        seconds, busy = time.perf_counter() - began, time.process_time() - worked
     memory: Any = compiled.memory_analysis()
     work = hlo.costs(hlo.parse(compiled.as_text()), devices // slices if slices > 1 else None)
     own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
@@ -127,6 +129,7 @@ def analyze(stage: Stage, chip: Chip, slices: int, mesh: jax.sharding.Mesh) -> t
         collective_bytes=work.collectives,
         crossing_bytes=work.crossing,
         compile_seconds=seconds,
+        compile_cpu_seconds=busy,
         fits=own + stage.resident <= chip.hbm_bytes // chip.devices,
     )
     return report, compiled
@@ -219,7 +222,7 @@ def summary(plan: Plan, chip: Chip, mesh: jax.sharding.Mesh, reports: list[Stage
         "topology": plan.topology,
         "program": plan.program,
         "mesh": dict(mesh.shape),
-        "batch": plan.batch,
+        "batch": plan.batch or mesh.size // chip.devices * (2 if plan.program == "unet" else 1),
         "jax": jax.__version__,
         "hbm_peak_bytes": peak,
         "hbm_limit_bytes": limit,
@@ -232,6 +235,7 @@ def summary(plan: Plan, chip: Chip, mesh: jax.sharding.Mesh, reports: list[Stage
         "collective_bytes": collectives,
         "slice_crossing_bytes": crossing,
         "compile_seconds": sum(r.compile_seconds for r in reports),
+        "compile_cpu_seconds": sum(r.compile_cpu_seconds for r in reports),
         "bound_by": max(seconds, key=lambda name: seconds[name]),
         "roofline_shares": {name: value / max(sum(seconds.values()), 1e-30) for name, value in seconds.items()},
         "programs": [dataclasses.asdict(r) for r in reports],
@@ -256,6 +260,7 @@ def table(result: dict[str, Any]) -> str:
         "Mcycles",
         "+ kernels",
         "compile s",
+        "CPU s",
     )
     rows: list[tuple[str, ...]] = [head]
     for r in result["programs"]:
@@ -263,7 +268,7 @@ def table(result: dict[str, Any]) -> str:
         sizes = (r[f"hbm_{name}_bytes"] for name in ("argument", "temporary", "output", "resident", "peak"))
         numbers = [f"{n / mib:,.0f}" for n in sizes]
         numbers += [f"{r['flops'] / 1e12:.3f}", ratio, f"{r['hbm_bytes_accessed'] / 1e9:.2f}", f"{r['estimated_cycles'] / 1e6:.1f}"]
-        rows.append((r["name"], *numbers, f"{r['kernel_cycles'] / 1e6:.1f}", f"{r['compile_seconds']:.0f}"))
+        rows.append((r["name"], *numbers, f"{r['kernel_cycles'] / 1e6:.1f}", f"{r['compile_seconds']:.0f}", f"{r['compile_cpu_seconds']:.0f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines += ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
     lines += [f"{r['name']}: does not fit: {r['error']}" for r in result["programs"] if r["error"]]
