@@ -108,6 +108,11 @@ class UNetConfig:
         """By how much the deepest block is smaller than the latent."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def num_skips(self) -> int:
+        """How many connections there are between the way down and the way up."""
+        return len(self.block_out_channels) * (self.layers_per_block + 1)
+
     @classmethod
     def from_published(cls, published: Mapping[str, Any]) -> UNetConfig:
         """Reads ``unet/config.json``. Raises `ConfigError` on any field or value that is not implemented."""

@@ -7,7 +7,7 @@
 
 They are pure, but that a watched `denoise` reports its progress to the listener of `watching`. Static, so that another value
 compiles anew, are the networks, all shapes (sizes, batch, length of the text), the sampler with its options, the number of
-steps, and whether there is guidance, a mask of the text, a control mask, and somebody who watches. Everything else that a user
+steps, and whether there is guidance, a mask of the text, a control mask, somebody who watches, and shortcuts. Everything else that a user
 changes between pictures is traced: prompts, seeds, strengths, windows, masks, pictures. A second call with other values
 compiles nothing.
 """
@@ -24,16 +24,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from instantid_jax.diffusion import Plan, Sampler
-from instantid_jax.diffusion.guidance import classifier_free, rescale
 from instantid_jax.models import Network
-from instantid_jax.models.encoder import AddedConditions, IdentityContext, TextContext
-from instantid_jax.models.unet import Residuals
+from instantid_jax.models.encoder import AddedConditions
+from instantid_jax.prediction import Fixed, MaskOfSize, Pace, Predictor, Shortcuts, guide, plan_calls
 
 __all__ = ["Conditions", "Denoiser", "Inputs", "control_masks", "decode", "denoise", "encode_identity", "encode_text", "initial_noise", "watching"]
 
 Parameters = dict[str, Any]
-MaskOfSize = dict[tuple[int, int], Array]
-"""The control mask [1 or B, h, w, 1] by the height and width (h, w) of the residuals it is for."""
 
 
 class Denoiser(NamedTuple):
@@ -177,15 +174,7 @@ def _report(index: Array) -> None:
         listener(int(index))
 
 
-def _scaled(residuals: Residuals, scale: Array, masks: MaskOfSize | None) -> list[Array]:
-    """Residuals (the middle last) times a net's strength and, for IdentityNet, the mask."""
-    arrays = [*residuals.down, residuals.mid]
-    if masks is not None:
-        arrays = [r * masks[r.shape[1], r.shape[2]].astype(r.dtype) for r in arrays]
-    return [r * scale.astype(r.dtype) for r in arrays]
-
-
-@functools.partial(jax.jit, static_argnames=("denoiser", "sampler", "guided", "watched"))
+@functools.partial(jax.jit, static_argnames=("denoiser", "sampler", "guided", "watched", "shortcuts"), donate_argnames=("latents",))
 def denoise(
     denoiser: Denoiser,
     sampler: Sampler,
@@ -198,12 +187,14 @@ def denoise(
     guidance_scale: Array,
     guidance_rescale: Array,
     watched: bool = False,
+    shortcuts: Shortcuts = Shortcuts(),  # noqa: B008 (immutable)
+    pace: Pace | None = None,
 ) -> Array:
-    """Latents of pictures from noise [b, h, w, c] that is already at the plan's first noise level.
+    """Latents of pictures from noise [b, h, w, c] that is already at the plan's first noise level, and that is used up.
 
     `parameters` holds the weights under "unet", "adapter", "identitynet" and "controlnets" (a tuple). With `guided` the
     conditions are twice as long as the latents (`Conditions`). With `watched` the running program reports each model call
-    to the listener that `watching` has set.
+    to the listener that `watching` has set. With `shortcuts` it leaves work out as `pace` says (`prediction`).
     """
     unet = denoiser.unet.bind(parameters["unet"])
     nets = [denoiser.identitynet.bind(parameters["identitynet"])]
@@ -211,41 +202,42 @@ def denoise(
     adapter = denoiser.adapter.bind(parameters["adapter"])
     batch = conditions.text.shape[0]
 
-    # What stays the same over the steps is computed once: keys and values of text and identity, features of the pictures, masks.
-    text = unet.project_context(conditions.text, conditions.text_mask)
-    identity_keys_values = adapter(conditions.identity_tokens)
-    contexts: list[TextContext] = [nets[0].project_context(conditions.identity_tokens)]
+    # What does not depend on the latents is computed before the loop: keys and values of text and identity, features of the
+    # pictures, masks, and the embeddings of all times.
+    contexts = [nets[0].project_context(conditions.identity_tokens)]
     contexts += [net.project_context(conditions.text, conditions.text_mask) for net in nets[1:]]
     features = [net.embed_condition(image) for net, image in zip(nets, conditions.images, strict=True)]
-    features = [jnp.broadcast_to(f, (batch, *f.shape[1:])) for f in features]
-    levels = len(denoiser.identitynet.config.block_out_channels)
     mask = conditions.control_mask
-    masks = None if mask is None else control_masks(mask, (latents.shape[1], latents.shape[2]), levels)
+    levels = len(denoiser.identitynet.config.block_out_channels)
+    fixed = Fixed(
+        text=unet.project_context(conditions.text, conditions.text_mask),
+        identity=adapter(conditions.identity_tokens),
+        contexts=tuple(contexts),
+        features=tuple(jnp.broadcast_to(f, (batch, *f.shape[1:])) for f in features),
+        mask=mask,
+        masks=None if mask is None else control_masks(mask, (latents.shape[1], latents.shape[2]), levels),
+    )
+    times = tuple(jax.lax.map(functools.partial(_embed, net, conditions.added, batch), plan.rows["timestep"]) for net in (unet, *nets))
+    calls = plan_calls(shortcuts, pace, times, conditions.control_scales, conditions.adapter_scale)
+    predictor = Predictor(unet, tuple(nets), fixed, shortcuts)
     keys = picture_keys(seeds)
 
-    def predict(x: Array, timestep: Array, scales: Array, adapter_scale: Array) -> Array:
-        x = jnp.concatenate([x, x]) if guided else x
-        total: list[Array] = []
-        for i, net in enumerate(nets):
-            residuals = net(x, timestep, contexts[i], conditions.added, features[i])
-            scaled = _scaled(residuals, scales[i], masks if i == 0 else None)
-            total = [a + b for a, b in zip(total, scaled, strict=True)] if total else scaled
-        identity = IdentityContext(identity_keys_values, adapter_scale, mask)
-        output = unet(x, timestep, text, conditions.added, identity=identity, residuals=Residuals(total[:-1], total[-1]))
-        output = output.astype(jnp.float32)
-        if not guided:
-            return output
-        unconditional, conditional = jnp.split(output, 2)
-        return rescale(classifier_free(unconditional, conditional, guidance_scale), conditional, guidance_rescale)
-
-    def body(state: Any, item: Any) -> tuple[Any, None]:
-        row, scales, adapter_scale, index = item
-        output = predict(sampler.model_input(state, row), row["timestep"], scales, adapter_scale)
+    def body(carry: Any, item: Any) -> tuple[Any, None]:
+        (state, memory), (row, call, index) = carry, item
+        x = sampler.model_input(state, row)
+        memory, output = guide(predictor, guided, memory, x, call, guidance_scale, guidance_rescale)
         noise = _normal(keys, index + 1, latents.shape[1:]) if plan.needs_noise else None
         if watched:
             jax.debug.callback(_report, index)
-        return sampler.step(state, output, row, noise), None
+        return (sampler.step(state, output, row, noise), memory), None
 
-    calls = jnp.arange(plan.num_calls)
-    state, _ = jax.lax.scan(body, sampler.init(latents), (plan.rows, conditions.control_scales, conditions.adapter_scale, calls))
+    state = sampler.init(latents)
+    first = jax.tree.map(lambda a: a[0], (plan.rows, calls))
+    x = sampler.model_input(state, first[0])
+    memory = predictor.empty(jnp.concatenate([x, x]) if guided else x, first[1])
+    (state, _), _ = jax.lax.scan(body, (state, memory), (plan.rows, calls, jnp.arange(plan.num_calls)))
     return state.sample
+
+
+def _embed(net: Any, added: AddedConditions, batch: int, timestep: Array) -> Array:
+    return net.embed_time(timestep, added, batch)

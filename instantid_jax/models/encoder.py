@@ -1,5 +1,6 @@
 """What the SDXL UNet and IdentityNet have in common: the embeddings of time, text and sizes, the way down, the middle."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -143,21 +144,25 @@ class Encoder(nnx.Module):
     def go_down(
         self, x: Float[Array, "b h w c"], time: Float[Array, "b t"], text: TextContext, identity: IdentityContext | None
     ) -> tuple[Float[Array, "b h2 w2 c2"], list[Array]]:
-        """Down blocks and middle block. Returns the middle's output and the skips: the input, then every residual block's
-        (or transformer's) and every halving's output."""
-        skips = [x]
+        """Down blocks and middle block. Returns the middle's output and all the `skips`."""
+        skips = list(self.skips(x, time, text, identity))
+        x = self.residual(self.mid_block.resnets[0], skips[-1], time)
+        x = attend(self.mid_block.attentions[0], "mid_block/attentions/0", x, text, identity)
+        return self.residual(self.mid_block.resnets[1], x, time), skips
+
+    def skips(self, x: Float[Array, "b h w c"], time: Float[Array, "b t"], text: TextContext, identity: IdentityContext | None) -> Iterator[Array]:
+        """What the way down leaves for the way up: the input, then every residual block's (or transformer's) and every halving's
+        output. Layers beyond the last skip that is asked for are not computed."""
+        yield x
         for i, block in enumerate(self.down_blocks):
             for j, resnet in enumerate(block.resnets):
                 x = self.residual(resnet, x, time)
                 if block.attentions:
                     x = attend(block.attentions[j], f"down_blocks/{i}/attentions/{j}", x, text, identity)
-                skips.append(x)
+                yield x
             for downsampler in block.downsamplers:
                 x = downsampler(x)
-                skips.append(x)
-        x = self.residual(self.mid_block.resnets[0], x, time)
-        x = attend(self.mid_block.attentions[0], "mid_block/attentions/0", x, text, identity)
-        return self.residual(self.mid_block.resnets[1], x, time), skips
+                yield x
 
     def residual(self, block: ResnetBlock, x: Array, time: Array) -> Array:
         """Runs a residual block, which `ComputeConfig.remat` "full" computes again in the backward pass."""

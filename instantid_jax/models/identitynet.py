@@ -71,7 +71,19 @@ class IdentityNet(Encoder):
         `context` is `project_context` of the 16 identity tokens (of text tokens in a stock ControlNet), `condition` is
         `embed_condition` of the control picture.
         """
-        time = self.embed_time(timestep, added, sample.shape[0])
+        return self.residuals(sample, self.embed_time(timestep, added, sample.shape[0]), context, condition)
+
+    def residuals(
+        self, sample: Float[Array, "b h w c"], time: Float[Array, "b t"], context: TextContext, condition: Float[Array, "b h w c0"]
+    ) -> Residuals:
+        """The same with `embed_time` of the diffusion time already done."""
         x, skips = self.go_down(self.conv_in(sample) + condition, time, context, None)
         down = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         return Residuals(down, self.controlnet_mid_block(x))
+
+    def outer_residuals(
+        self, sample: Float[Array, "b h w c"], time: Float[Array, "b t"], context: TextContext, condition: Float[Array, "b h w c0"], count: int
+    ) -> list[Float[Array, "b h2 w2 c2"]]:
+        """The first `count` of the residuals of the skips; nothing else is computed."""
+        skips = itertools.islice(self.skips(self.conv_in(sample) + condition, time, context, None), count)
+        return [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=False)]

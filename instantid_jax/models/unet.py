@@ -7,6 +7,7 @@ middle, and every cross-attention adds the image adapter's decoupled attention (
 Corresponds to diffusers' `UNet2DConditionModel`; attribute names are the same.
 """
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -92,16 +93,80 @@ class UNet(Encoder):
         IdentityNet, already multiplied by its strength.
         """
         time = self.embed_time(timestep, added, sample.shape[0])
+        return self.predict(sample, time, text, identity=identity, residuals=residuals)
+
+    def predict(
+        self,
+        sample: Float[Array, "b h w c"],
+        time: Float[Array, "b t"],
+        text: TextContext,
+        *,
+        identity: IdentityContext | None = None,
+        residuals: Residuals | None = None,
+    ) -> Float[Array, "b h w c"]:
+        """The same with `embed_time` of the diffusion time already done."""
+        x, skips = self._enter(sample, time, text, identity, residuals)
+        return self._leave(self._go_up(x, skips, time, text, identity, 0))
+
+    def predict_whole(
+        self,
+        sample: Float[Array, "b h w c"],
+        time: Float[Array, "b t"],
+        text: TextContext,
+        branch: int,
+        *,
+        identity: IdentityContext | None = None,
+        residuals: Residuals | None = None,
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h2 w2 c2"]]:
+        """`predict`, and what the way up has where the skip numbered `branch` comes in (0 is the outermost): `predict_outer` takes it."""
+        x, skips = self._enter(sample, time, text, identity, residuals)
+        deep = self._go_up(x, skips, time, text, identity, branch + 1)
+        return self._leave(self._go_up(deep, skips, time, text, identity, 0)), deep
+
+    def predict_outer(
+        self,
+        sample: Float[Array, "b h w c"],
+        time: Float[Array, "b t"],
+        text: TextContext,
+        branch: int,
+        deep: Float[Array, "b h2 w2 c2"],
+        *,
+        identity: IdentityContext | None = None,
+        residuals: list[Float[Array, "b _h _w _c"]] | None = None,
+    ) -> Float[Array, "b h w c"]:
+        """`predict` with `deep` from an earlier step in place of all that lies within the skip numbered `branch` (DeepCache, arXiv
+        2312.00858, section 3.2): of the network only its first `branch` layers and its last `branch` + 1 are computed.
+
+        `residuals` are those of the first `branch` + 1 skips.
+        """
+        skips = list(itertools.islice(self.skips(self.conv_in(sample), time, text, identity), branch + 1))
+        if residuals is not None:
+            skips = [skip + r for skip, r in zip(skips, residuals, strict=True)]
+        return self._leave(self._go_up(deep, skips, time, text, identity, 0))
+
+    def _enter(
+        self, sample: Array, time: Array, text: TextContext, identity: IdentityContext | None, residuals: Residuals | None
+    ) -> tuple[Array, list[Array]]:
+        """The way down and the middle, with the residuals added."""
         x, skips = self.go_down(self.conv_in(sample), time, text, identity)
         if residuals is not None:
             skips = [skip + r for skip, r in zip(skips, residuals.down, strict=True)]
             x = x + residuals.mid
-        for i, block in enumerate(self.up_blocks):
-            for j, resnet in enumerate(block.resnets):
-                x = self.residual(resnet, jnp.concatenate([x, skips.pop()], axis=-1), time)
-                if block.attentions:
-                    x = attend(block.attentions[j], f"up_blocks/{i}/attentions/{j}", x, text, identity)
-            for upsampler in block.upsamplers:
+        return x, skips
+
+    def _go_up(self, x: Array, skips: list[Array], time: Array, text: TextContext, identity: IdentityContext | None, stop: int) -> Array:
+        """The layers of the way up, each taking the last of `skips`, until `stop` of them are left."""
+        per_block = self.config.layers_per_block + 1
+        while len(skips) > stop:
+            i, j = divmod(per_block * len(self.up_blocks) - len(skips), per_block)
+            block = self.up_blocks[i]
+            x = self.residual(block.resnets[j], jnp.concatenate([x, skips.pop()], axis=-1), time)
+            if block.attentions:
+                x = attend(block.attentions[j], f"up_blocks/{i}/attentions/{j}", x, text, identity)
+            for upsampler in block.upsamplers if j == per_block - 1 else ():
                 _, h, w, _ = skips[-1].shape  # twice the size, or one less where the way down met an odd one
                 x = upsampler(x, (h, w))
+        return x
+
+    def _leave(self, x: Array) -> Array:
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

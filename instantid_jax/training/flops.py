@@ -2,18 +2,24 @@
 
 XLA's own cost analysis takes the body of a loop once, and networks here are loops over equal layers. Only matrix products
 and convolutions are counted, two operations for a multiplication and an addition; what is computed again in the backward
-pass counts again.
+pass counts again. Of the branches of a condition the dearest counts, or, in `executed_flops`, the one that is taken.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
+
+import jax
+import numpy as np
 
 from instantid_jax.parallel.hlo import taps
 
-__all__ = ["count_flops", "kernel_flops", "minimum_flops"]
+__all__ = ["count_flops", "executed_flops", "kernel_flops", "minimum_flops"]
+
+_KNOWN_SIZE = 1 << 16  # elements; larger arrays decide no branch
 
 
 def count_flops(jaxpr: Any) -> float:
@@ -21,18 +27,14 @@ def count_flops(jaxpr: Any) -> float:
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, parameters = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = parameters["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
-        elif name == "conv_general_dilated":
-            total += _convolution(equation)
-        elif name == "shard_map":
+        if name == "shard_map":
             total += parameters["mesh"].size * count_flops(parameters["jaxpr"])
         elif name == "pallas_call":
             total += math.prod(parameters["grid_mapping"].grid) * count_flops(parameters["jaxpr"])
         elif name == "cond":
             total += max(map(count_flops, parameters["branches"]))
+        elif name in _PRODUCTS:
+            total += _product(equation)
         else:
             total += parameters.get("length", 1) * sum(map(count_flops, _inner(parameters)))
     return total
@@ -66,8 +68,8 @@ def _minimum(jaxpr: Any, trained: list[bool]) -> tuple[float, list[bool]]:
         # Literals cannot be keys, and depend on nothing.
         inputs = [not hasattr(v, "val") and depends.get(v, False) for v in equation.invars]
         name, parameters, outputs = equation.primitive.name, equation.params, None
-        if name in ("dot_general", "conv_general_dilated"):
-            total += count_flops(_Single([equation])) * (1 + sum(inputs[:2]))
+        if name in _PRODUCTS:
+            total += _product(equation) * (1 + sum(inputs[:2]))
         elif name == "cond":
             parts = [_minimum(branch.jaxpr, inputs[1:]) for branch in parameters["branches"]]
             total += max(flops for flops, _ in parts)
@@ -96,8 +98,105 @@ def _minimum_of_scan(parameters: dict[str, Any], inputs: list[bool]) -> tuple[fl
         inputs = [*inputs[:constants], *after, *inputs[constants + carried :]]
 
 
-class _Single(NamedTuple):
-    eqns: list[Any]
+def executed_flops(jaxpr: Any, values: Sequence[Any]) -> float:
+    """Operations of one run of a closed jaxpr whose branches depend on small known numbers alone.
+
+    `values` are its flat arguments: arrays, or anything with a shape and no numbers (`jax.ShapeDtypeStruct`) where they are
+    not known. Loops that hold conditions are gone through turn by turn. Raises ValueError for a branch that depends on what
+    is not known.
+    """
+    return _run(jaxpr.jaxpr, jaxpr.consts, [None if isinstance(v, jax.ShapeDtypeStruct) else v for v in values])[0]
+
+
+def _run(jaxpr: Any, constants: Sequence[Any], values: Sequence[Any]) -> tuple[float, list[Any]]:
+    """Operations, and the results as far as they are known (else None)."""
+    known: dict[Any, Any] = {}
+
+    def put(variables: Sequence[Any], values: Sequence[Any]) -> None:
+        known.update((var, v) for var, v in zip(variables, values, strict=True) if v is not None and np.size(v) <= _KNOWN_SIZE)
+
+    def read(atom: Any) -> Any:
+        return atom.val if hasattr(atom, "val") else known.get(atom)
+
+    put(jaxpr.constvars, constants)
+    put(jaxpr.invars, values)
+    total = 0.0
+    for equation in jaxpr.eqns:
+        flops, results = _execute(equation, [read(atom) for atom in equation.invars])
+        total += flops
+        put(equation.outvars, results)
+    return total, [read(atom) for atom in jaxpr.outvars]
+
+
+def _execute(equation: Any, inputs: list[Any]) -> tuple[float, list[Any]]:
+    name, parameters, unknown = equation.primitive.name, equation.params, [None] * len(equation.outvars)
+    if name == "cond":
+        if inputs[0] is None:
+            raise ValueError("a branch depends on values that are not known")
+        branch = parameters["branches"][int(inputs[0])]
+        return _run(branch.jaxpr, branch.consts, inputs[1:])
+    if name in _PRODUCTS:
+        return _product(equation), unknown
+    inner = _inner(parameters)
+    if name == "scan" and _has_branches(parameters["jaxpr"]):
+        return _loop(parameters, inputs)
+    if len(inner) == 1 and len(inner[0].jaxpr.invars) == len(inputs) and name not in ("scan", "while"):
+        return _run(inner[0].jaxpr, getattr(inner[0], "consts", ()), inputs)
+    if inner:
+        return parameters.get("length", 1) * sum(map(_count_once, inner)), unknown
+    if any(v is None for v in inputs) or equation.effects or max((var.aval.size for var in equation.outvars), default=0) > _KNOWN_SIZE:
+        return 0.0, unknown
+    results = equation.primitive.bind(*inputs, **parameters)
+    return 0.0, list(results) if equation.primitive.multiple_results else [results]
+
+
+def _loop(parameters: dict[str, Any], inputs: list[Any]) -> tuple[float, list[Any]]:
+    """A scan, turn by turn."""
+    body, length, constants, carried = parameters["jaxpr"], parameters["length"], parameters["num_consts"], parameters["num_carry"]
+    fixed, carry, items = inputs[:constants], inputs[constants : constants + carried], inputs[constants + carried :]
+    total = 0.0
+    for turn in range(length)[:: -1 if parameters["reverse"] else 1]:
+        flops, results = _run(body.jaxpr, body.consts, [*fixed, *carry, *(None if x is None else x[turn] for x in items)])
+        total, carry = total + flops, results[:carried]
+    return total, [*carry, *[None] * (len(body.jaxpr.outvars) - carried)]
+
+
+class _Same:
+    """Identifies a jaxpr, which has no equality of its own."""
+
+    def __init__(self, jaxpr: Any) -> None:
+        self.jaxpr = jaxpr
+
+    def __hash__(self) -> int:
+        return id(self.jaxpr)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.jaxpr is other.jaxpr
+
+
+@functools.lru_cache(maxsize=4096)
+def _counted(jaxpr: _Same) -> float:
+    return count_flops(jaxpr.jaxpr)
+
+
+def _count_once(jaxpr: Any) -> float:
+    return _counted(_Same(jaxpr))
+
+
+def _has_branches(jaxpr: Any) -> bool:
+    equations = getattr(jaxpr, "jaxpr", jaxpr).eqns
+    return any(e.primitive.name == "cond" or any(map(_has_branches, _inner(e.params))) for e in equations)
+
+
+_PRODUCTS = ("dot_general", "conv_general_dilated")
+
+
+def _product(equation: Any) -> float:
+    if equation.primitive.name == "conv_general_dilated":
+        return _convolution(equation)
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    shape = equation.invars[0].aval.shape
+    return 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
 
 
 def _convolution(equation: Any) -> float:

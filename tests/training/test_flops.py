@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from instantid_jax.training.flops import count_flops
+from instantid_jax.training.flops import count_flops, executed_flops
 
 
 def counted(function, *shapes):
@@ -50,3 +50,19 @@ def test_recomputation_counts_again():
     plain = counted(jax.grad(layers, argnums=1), (3, 4), (4, 4))
     assert plain == 5 * 2 * 3 * 4 * 4
     assert counted(jax.grad(jax.checkpoint(layers), argnums=1), (3, 4), (4, 4)) >= plain + 2 * 3 * 4 * 4
+
+
+def test_of_branches_the_one_that_is_taken_counts():
+    def loop(x, w, dear):
+        def body(c, now):
+            return jax.lax.cond(now > 1, lambda: c @ w @ w, lambda: jax.lax.cond(now > 0, jax.jit(lambda: c @ w), lambda: c)), None
+
+        return jax.lax.scan(body, x @ w, dear + 0)[0]
+
+    x, w, dear = jnp.zeros((3, 4)), jnp.zeros((4, 4)), jnp.array([0, 2, 1, 0])
+    unknown = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, w, dear)]
+    jaxpr = jax.make_jaxpr(loop)(x, w, dear)
+    assert executed_flops(jaxpr, [*unknown[:2], dear]) == 4 * 2 * 3 * 4 * 4
+    assert count_flops(jaxpr) == 9 * 2 * 3 * 4 * 4
+    with pytest.raises(ValueError, match="not known"):
+        executed_flops(jaxpr, unknown)

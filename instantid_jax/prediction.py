@@ -1,0 +1,235 @@
+"""One prediction of the denoising loop: IdentityNet, the UNet and guidance, and what of them may be left out.
+
+Nothing is left out unless asked for, but for nets outside their window: their strength is zero there, so they are not run and
+the picture stays what it is. The rest changes the picture:
+
+    guidance window     outside it only the conditional half of the batch is computed       arXiv 2404.07724
+    cache_interval      between every so many calls the UNet runs only its outermost layers and takes what lies within from
+                        the call before (DeepCache, arXiv 2312.00858); IdentityNet then gives only the residuals that
+                        those layers need, exactly as the whole net would
+    control_interval    IdentityNet and other ControlNets run every so many calls; in between their residuals stay
+
+What is left out is a branch of `lax.cond` that does not run. Which calls are whole is traced; only whether something is
+carried from call to call, and from where (`Shortcuts`), is static.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from instantid_jax.diffusion.guidance import classifier_free, rescale
+from instantid_jax.models.encoder import IdentityContext, SiteKeysValues, TextContext
+from instantid_jax.models.identitynet import IdentityNet
+from instantid_jax.models.unet import Residuals, UNet
+
+__all__ = ["Call", "Fixed", "MaskOfSize", "Memory", "Pace", "Predictor", "Shortcuts", "guide", "plan_calls"]
+
+MaskOfSize = dict[tuple[int, int], Array]
+"""The control mask [1 or B, h, w, 1] by the height and width (h, w) of the residuals it is for."""
+_KEEP, _OUTER, _WHOLE = 0, 1, 2
+
+
+class Shortcuts(NamedTuple):
+    """Which shortcuts a program has; static."""
+
+    cache_branch: int | None = None
+    """Number of the skip within which the UNet is taken from an earlier call, 0 being the outermost; None computes it all."""
+    keep_control: bool = False
+    """Whether residuals may be those of an earlier call."""
+    guidance_window: bool = False
+    """Whether there may be calls without guidance."""
+
+
+class Pace(NamedTuple):
+    """How the shortcuts are taken; traced."""
+
+    cache_interval: Array
+    """Every so many calls the UNet is computed whole; a whole number."""
+    control_interval: Array
+    """Every so many calls, counted from a net's first, it is run; a whole number."""
+    guidance: Array
+    """[calls] bool: which calls are guided."""
+
+
+class Call(NamedTuple):
+    """One call of the networks, as an item that the loop runs over."""
+
+    times: tuple[Array, ...]
+    """Embeddings [B, t] of time, pooled text and sizes: the UNet's, then every net's."""
+    control_scales: Array
+    """[nets]: strengths."""
+    adapter_scale: Array
+    control: Array
+    """[nets]: whether a net stays as it is, gives its outer residuals, or all (0, 1, 2)."""
+    whole: Array
+    """Whether the UNet is computed whole."""
+    guided: Array
+    """Whether both halves of the batch are computed."""
+
+
+class Fixed(NamedTuple):
+    """What stays the same over the calls."""
+
+    text: TextContext
+    identity: SiteKeysValues
+    contexts: tuple[TextContext, ...]
+    """What each net's cross-attention reads."""
+    features: tuple[Array, ...]
+    """Features [B, h, w, c] of each net's picture."""
+    mask: Array | None
+    """The control mask [1 or B, H, W]."""
+    masks: MaskOfSize | None
+
+
+class Memory(NamedTuple):
+    """What is carried from call to call; empty without shortcuts."""
+
+    deep: Array | None
+    residuals: tuple[list[Array], ...] | None
+    """Of each net, before any strength; the middle last."""
+
+
+def plan_calls(shortcuts: Shortcuts, pace: Pace | None, times: tuple[Array, ...], control_scales: Array, adapter_scale: Array) -> Call:
+    """All calls, each array with a leading axis for them. A call that is the first with guidance renews all that is carried."""
+    index = jnp.arange(adapter_scale.shape[0])
+    acting = control_scales != 0
+    if pace is None:
+        pace = Pace(jnp.int32(1), jnp.int32(1), jnp.ones_like(index, bool))
+    begins = pace.guidance & ~jnp.roll(pace.guidance, 1) & (index > 0)
+    whole = (index % pace.cache_interval == 0) | begins
+    due = ((index[:, None] - jnp.argmax(acting, axis=0)) % pace.control_interval == 0) | begins[:, None]
+    depth = jnp.where(whole, _WHOLE, _OUTER)[:, None] if shortcuts.cache_branch is not None else _WHOLE
+    return Call(times, control_scales, adapter_scale, jnp.where(acting & due, depth, _KEEP), whole, pace.guidance)
+
+
+def second_half(call: Call, fixed: Fixed) -> tuple[Call, Fixed]:
+    """A call and what is fixed for the conditional half of the batch alone. `call` may have a leading axis of calls."""
+    named = fixed._replace(text=_half_context(fixed.text), contexts=tuple(map(_half_context, fixed.contexts)))
+    named = named._replace(identity=_half(fixed.identity, 1), features=_half(fixed.features), mask=_half(fixed.mask), masks=_half(fixed.masks))
+    return call._replace(times=_half(call.times, call.times[0].ndim - 2)), named
+
+
+def _half_context(context: TextContext) -> TextContext:
+    return TextContext(_half(context.keys_values, 1), _half(context.mask))
+
+
+def _half(tree: Any, axis: int = 0) -> Any:
+    """The second half along an axis; what is there once for all stays."""
+    return jax.tree.map(lambda x: x if x.shape[axis] == 1 else jax.lax.slice_in_dim(x, x.shape[axis] // 2, None, axis=axis), tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """The networks with their weights, and what stays the same; for use inside a traced function."""
+
+    unet: UNet
+    nets: tuple[IdentityNet, ...]
+    """IdentityNet, then any other ControlNets."""
+    fixed: Fixed
+    shortcuts: Shortcuts
+
+    def empty(self, x: Array, call: Call) -> Memory:
+        """The memory before the first call, which renews all of it."""
+        deep = residuals = None
+        if self.shortcuts.keep_control:
+            residuals = tuple(_zeros(functools.partial(self._residuals, i), x, call) for i in range(len(self.nets)))
+        if self.shortcuts.cache_branch is not None:
+            deep = _zeros(
+                lambda x, call: self._whole(x, call, [_zeros(functools.partial(self._residuals, i), x, call) for i in range(len(self.nets))])[1],
+                x,
+                call,
+            )
+        return Memory(deep, residuals)
+
+    def __call__(self, memory: Memory, x: Array, call: Call) -> tuple[Memory, Array]:
+        """The UNet's output [B, h, w, c] for its input `x`, and the memory for the next call."""
+        residuals = [self._control(i, None if memory.residuals is None else memory.residuals[i], x, call) for i in range(len(self.nets))]
+        kept = tuple(residuals) if self.shortcuts.keep_control else None
+        if self.shortcuts.cache_branch is None:
+            identity = IdentityContext(self.fixed.identity, call.adapter_scale, self.fixed.mask)
+            total = self._total(residuals, call)
+            output = self.unet.predict(x, call.times[0], self.fixed.text, identity=identity, residuals=Residuals(total[:-1], total[-1]))
+            return Memory(None, kept), output
+        output, deep = jax.lax.cond(call.whole, self._whole, self._outer, x, call, residuals, memory.deep)
+        return Memory(deep, kept), output
+
+    def _whole(self, x: Array, call: Call, residuals: list[list[Array]], _: Array | None = None) -> tuple[Array, Array]:
+        assert self.shortcuts.cache_branch is not None
+        identity = IdentityContext(self.fixed.identity, call.adapter_scale, self.fixed.mask)
+        total = self._total(residuals, call)
+        given = {"identity": identity, "residuals": Residuals(total[:-1], total[-1])}
+        return self.unet.predict_whole(x, call.times[0], self.fixed.text, self.shortcuts.cache_branch, **given)
+
+    def _outer(self, x: Array, call: Call, residuals: list[list[Array]], deep: Array) -> tuple[Array, Array]:
+        branch = self.shortcuts.cache_branch
+        assert branch is not None
+        identity = IdentityContext(self.fixed.identity, call.adapter_scale, self.fixed.mask)
+        total = self._total([r[: branch + 1] for r in residuals], call)
+        return self.unet.predict_outer(x, call.times[0], self.fixed.text, branch, deep, identity=identity, residuals=total), deep
+
+    def _control(self, i: int, kept: list[Array] | None, x: Array, call: Call) -> list[Array]:
+        """Residuals of one net before any strength: new ones where they are due, else those that are kept, else zeros."""
+        shapes = jax.eval_shape(functools.partial(self._residuals, i), x, call) if kept is None else kept
+
+        def keep(x: Array) -> list[Array]:
+            return [jnp.zeros(s.shape, s.dtype) for s in shapes] if kept is None else kept
+
+        def outer(x: Array) -> list[Array]:
+            assert branch is not None
+            new = self.nets[i].outer_residuals(x, call.times[1 + i], self.fixed.contexts[i], self.fixed.features[i], branch + 1)
+            return new + keep(x)[branch + 1 :]
+
+        def whole(x: Array) -> list[Array]:
+            return self._residuals(i, x, call)
+
+        branch = self.shortcuts.cache_branch
+        if branch is None:
+            return jax.lax.cond(call.control[i] == _WHOLE, whole, keep, x)
+        return jax.lax.switch(call.control[i], [keep, outer, whole], x)
+
+    def _residuals(self, i: int, x: Array, call: Call) -> list[Array]:
+        down, mid = self.nets[i].residuals(x, call.times[1 + i], self.fixed.contexts[i], self.fixed.features[i])
+        return [*down, mid]
+
+    def _total(self, residuals: list[list[Array]], call: Call) -> list[Array]:
+        """Residuals of all nets times their strengths and, for IdentityNet, the mask."""
+        total: list[Array] = []
+        for i, arrays in enumerate(residuals):
+            if i == 0 and (masks := self.fixed.masks) is not None:
+                arrays = [r * masks[r.shape[1], r.shape[2]].astype(r.dtype) for r in arrays]
+            scaled = [r * call.control_scales[i].astype(r.dtype) for r in arrays]
+            total = [a + b for a, b in zip(total, scaled, strict=True)] if total else scaled
+        return total
+
+
+def guide(predictor: Predictor, guided: bool, memory: Memory, x: Array, call: Call, scale: Array, factor: Array) -> tuple[Memory, Array]:
+    """The prediction for latents `x` [b, h, w, c] in float32, guided where that is asked for; and the memory for the next call."""
+
+    def both(memory: Memory, x: Array) -> tuple[Memory, Array]:
+        memory, output = predictor(memory, jnp.concatenate([x, x]), call)
+        unconditional, conditional = jnp.split(output.astype(jnp.float32), 2)
+        return memory, rescale(classifier_free(unconditional, conditional, scale), conditional, factor)
+
+    def alone(memory: Memory, x: Array) -> tuple[Memory, Array]:
+        halved, fixed = second_half(call, predictor.fixed)
+        new, output = dataclasses.replace(predictor, fixed=fixed)(_half(memory), x, halved)
+        whole = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, old.shape[0] // 2, 0), memory, new)
+        return whole, output.astype(jnp.float32)
+
+    if not guided:
+        memory, output = predictor(memory, x, call)
+        return memory, output.astype(jnp.float32)
+    if not predictor.shortcuts.guidance_window:
+        return both(memory, x)
+    return jax.lax.cond(call.guided, both, alone, memory, x)
+
+
+def _zeros(function: Callable[..., Any], *arguments: Any) -> Any:
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *arguments))
