@@ -26,6 +26,7 @@ from jax import Array
 from instantid_jax.diffusion import Plan, Sampler
 from instantid_jax.models import Network
 from instantid_jax.models.encoder import AddedConditions
+from instantid_jax.models.tiling import Tiling, decode_tiled
 from instantid_jax.prediction import Fixed, MaskOfSize, Pace, Predictor, Shortcuts, guide, plan_calls
 
 __all__ = ["Conditions", "Denoiser", "Inputs", "control_masks", "decode", "denoise", "encode_identity", "encode_text", "initial_noise", "watching"]
@@ -88,13 +89,14 @@ def encode_identity(network: Network, parameters: Parameters, embeddings: Array)
     return network.bind(parameters)(embeddings)
 
 
-@functools.partial(jax.jit, static_argnames=("network",))
-def decode(network: Network, parameters: Parameters, latents: Array) -> Array:
-    """Pictures [b, H, W, 3] in [0, 1] of scaled latents [b, h, w, c], one after the other to bound the memory."""
+@functools.partial(jax.jit, static_argnames=("network", "tiling"))
+def decode(network: Network, parameters: Parameters, latents: Array, tiling: Tiling | None = None) -> Array:
+    """Pictures [b, H, W, 3] in [0, 1] of scaled latents [b, h, w, c], one after the other to bound the memory; with `tiling` in tiles."""
     vae = network.bind(parameters)
 
     def one(latent: Array) -> Array:
-        image = vae.decode(vae.unscale(latent[None].astype(network.compute.dtype)))[0]
+        z = vae.unscale(latent[None].astype(network.compute.dtype))
+        image = (vae.decode(z) if tiling is None else decode_tiled(vae, z, tiling))[0]
         return jnp.clip(image.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
 
     return jax.lax.map(one, latents)

@@ -115,10 +115,15 @@ class VAEEncoder(nnx.Module):
         self.conv_norm_out = GroupNorm(widths[-1], config.norm_num_groups, _EPSILON, dtype=dtype, rngs=rngs)
         self.conv_out = Conv(widths[-1], 2 * config.latent_channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w c2"]:
+    def early(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w c2"]:
+        """The convolutions down to the latent's resolution."""
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
+        return x
+
+    def late(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c2"]:
+        """The rest."""
         return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
 
 
@@ -133,8 +138,12 @@ class VAEDecoder(nnx.Module):
         self.conv_norm_out = GroupNorm(widths[0], config.norm_num_groups, _EPSILON, dtype=dtype, rngs=rngs)
         self.conv_out = Conv(widths[0], config.out_channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W c2"]:
-        x = self.mid_block(self.conv_in(z))
+    def early(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h w c2"]:
+        """What is done at the latent's resolution before any enlargement."""
+        return self.mid_block(self.conv_in(z))
+
+    def late(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W c2"]:
+        """The rest."""
         for block in self.up_blocks:
             x = block(x)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
@@ -155,15 +164,33 @@ class Autoencoder(nnx.Module):
 
     def encode(self, image: Float[Array, "b H W c"]) -> LatentDistribution:
         """Distribution over unscaled latents; `image` in [-1, 1]. The log-variance is clamped to [-30, 20]."""
-        moments = self.encoder(image)
-        if self.config.use_quant_conv:
-            moments = self.quant_conv(moments)
+        return self.distribution(self.encode_late(self.encode_early(image)))
+
+    def encode_early(self, image: Float[Array, "b H W c"]) -> Float[Array, "b h w c2"]:
+        """The first part of `encode`: features at the latent's resolution, each seeing only its neighbourhood (`models.tiling`)."""
+        return self.encoder.early(image)
+
+    def encode_late(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c2"]:
+        """The second part: the distribution's numbers from those features."""
+        moments = self.encoder.late(x)
+        return self.quant_conv(moments) if self.config.use_quant_conv else moments
+
+    def distribution(self, moments: Float[Array, "b h w c"]) -> LatentDistribution:
+        """The distribution from its numbers."""
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return LatentDistribution(mean, jnp.clip(logvar, -30.0, 20.0))
 
     def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W c2"]:
         """Picture, nominally in [-1, 1], of an unscaled latent."""
-        return self.decoder(self.post_quant_conv(z) if self.config.use_post_quant_conv else z)
+        return self.decode_late(self.decode_early(z))
+
+    def decode_early(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h w c2"]:
+        """The first part of `decode`: features at the latent's resolution, with attention over all pixels."""
+        return self.decoder.early(self.post_quant_conv(z) if self.config.use_post_quant_conv else z)
+
+    def decode_late(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W c2"]:
+        """The second part: the picture from those features."""
+        return self.decoder.late(x)
 
     def scale(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Latents as the UNet sees them, from the autoencoder's own."""
