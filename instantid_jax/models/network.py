@@ -22,6 +22,7 @@ from instantid_jax.models.identitynet import IdentityNet
 from instantid_jax.models.resampler import make_projector
 from instantid_jax.models.unet import UNet
 from instantid_jax.models.vae import Autoencoder
+from instantid_jax.nn.linear import quantize, store_int8
 from instantid_jax.paths import Tree, flatten, stack_layers, unflatten, unstack_layers
 
 TRAINABLE = ("identitynet", "adapter", "resampler")
@@ -39,9 +40,19 @@ class Network:
     make: Callable[..., nnx.Module]
     config: Any
     compute: ComputeConfig
+    int8: bool = False
+    """Whether kernels are held as 8-bit integers with a scale for every output channel, for inference (`nn.linear`)."""
 
     def _module(self, key: jax.Array) -> nnx.Module:
-        return self.make(self.config, compute=self.compute, rngs=nnx.Rngs(key))
+        module = self.make(self.config, compute=self.compute, rngs=nnx.Rngs(key))
+        if self.int8:
+            store_int8(module)
+        return module
+
+    @property
+    def plain(self) -> Network:
+        """The network without 8-bit kernels: the one whose weights are on disk."""
+        return dataclasses.replace(self, int8=False)
 
     @functools.cached_property
     def _split(self) -> tuple[nnx.GraphDef[Any], Tree]:
@@ -54,6 +65,8 @@ class Network:
 
     def init(self, key: jax.Array) -> Tree:
         """Random weights in float32."""
+        if self.int8:
+            return quantize(self.plain.init(key))
         return _string_keys(nnx.to_pure_dict(nnx.state(self._module(key))))
 
     def bind(self, parameters: Mapping[str, Any]) -> Any:
@@ -62,11 +75,14 @@ class Network:
 
     def disk_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor under its own name, one for each published tensor: {path: shape}."""
-        rows = unstack_layers(flatten(self.abstract), lambda leaf, _: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
+        rows = unstack_layers(flatten(self.plain.abstract), lambda leaf, _: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
         return {path: tuple(leaf.shape) for path, leaf in rows.items()}
 
     def from_disk(self, flat: Mapping[str, Any], name: str = "network") -> Tree:
-        """Stacks equal layers and checks every path and shape. Raises `WeightsMismatch` listing what is wrong."""
+        """Stacks equal layers and checks every path and shape. Raises `WeightsMismatch` listing what is wrong.
+
+        With `int8` the kernels are rounded, one after the other, and everything else gets the network's own type.
+        """
         expected = self.disk_shapes()
         missing = sorted(expected.keys() - flat.keys())
         unused = sorted(flat.keys() - expected.keys())
@@ -76,10 +92,13 @@ class Network:
             listed = {"missing": missing, "unknown": unused, "misshaped": shapes}
             parts = [f"{title} ({len(items)}): {', '.join(items[:5])}" for title, items in listed.items() if items]
             raise WeightsMismatch(f"weights do not fit {name}: " + "; ".join(parts))
-        return unflatten(stack_layers(flat, jnp.stack))
+        tree = unflatten(stack_layers(flat, jnp.stack))
+        return quantize(tree, self.compute.dtype) if self.int8 else tree
 
     def to_disk(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """The inverse of `from_disk`: every tensor under its own name."""
+        """The inverse of `from_disk`: every tensor under its own name. Weights of 8 bits stay where they are."""
+        if self.int8:
+            raise WeightsMismatch("8-bit weights are rounded and not for writing: load the model without weights_dtype to export it")
         return unstack_layers(flatten(parameters))
 
 

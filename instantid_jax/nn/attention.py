@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from instantid_jax.config import ComputeConfig
+from instantid_jax.nn.linear import Linear
 from instantid_jax.nn.platform import target_platform
 
 _SHORT = 256  # keys: below this the scores are small and one fused einsum is best everywhere
@@ -111,10 +112,10 @@ class Attention(nnx.Module):
     def __init__(self, channels: int, context_channels: int, heads: int, *, bias: bool = False, compute: ComputeConfig, rngs: nnx.Rngs):
         dtype = jnp.dtype(compute.dtype)
         self.heads, self.backend = heads, compute.attention
-        self.to_q = nnx.Linear(channels, channels, use_bias=bias, dtype=dtype, rngs=rngs)
-        self.to_k = nnx.Linear(context_channels, channels, use_bias=bias, dtype=dtype, rngs=rngs)
-        self.to_v = nnx.Linear(context_channels, channels, use_bias=bias, dtype=dtype, rngs=rngs)
-        self.to_out_0 = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.to_q = Linear(channels, channels, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.to_k = Linear(context_channels, channels, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.to_v = Linear(context_channels, channels, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.to_out_0 = Linear(channels, channels, dtype=dtype, rngs=rngs)
 
     def project(self, context: Float[Array, "b m c"]) -> KeysValues:
         """Keys and values of a context. A context that stays the same over the denoising steps is projected once."""

@@ -20,7 +20,8 @@ _he = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 class Conv(nnx.Module):
     """A square 2-d convolution with bias. Kernel layout is (height, width, in, out).
 
-    Padding is always explicit: "SAME" in XLA pads (0, 1) before a stride of two where torch pads (1, 1).
+    Padding is always explicit: "SAME" in XLA pads (0, 1) before a stride of two where torch pads (1, 1). The kernel may be
+    8-bit with a scale for every output channel (`nn.linear`).
     """
 
     def __init__(
@@ -44,11 +45,14 @@ class Conv(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
         if kernel.shape[:2] == (1, 1) and self.stride == 1:
-            return x.astype(self.dtype) @ kernel[0, 0] + bias
-        if target_platform() == "tpu" and self._suits_matmul(x.shape):
-            return jax.checkpoint(conv3x3_as_matmul)(x.astype(self.dtype), kernel) + bias  # the taps are three times the input: made again
-        dimensions = ("NHWC", "HWIO", "NHWC")
-        y = jax.lax.conv_general_dilated(x.astype(self.dtype), kernel, (self.stride,) * 2, self.padding, dimension_numbers=dimensions)
+            y = x.astype(self.dtype) @ kernel[0, 0]
+        elif target_platform() == "tpu" and self._suits_matmul(x.shape):
+            y = jax.checkpoint(conv3x3_as_matmul)(x.astype(self.dtype), kernel)  # the taps are three times the input: made again
+        else:
+            dimensions = ("NHWC", "HWIO", "NHWC")
+            y = jax.lax.conv_general_dilated(x.astype(self.dtype), kernel, (self.stride,) * 2, self.padding, dimension_numbers=dimensions)
+        if hasattr(self, "kernel_scale"):
+            y = y * self.kernel_scale[...].astype(self.dtype)
         return y + bias
 
     def _suits_matmul(self, shape: tuple[int, ...]) -> bool:

@@ -11,6 +11,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from instantid_jax.nn.linear import Linear
+
 
 def sinusoid(t: Float[Array, "*b"], dim: int, *, flip_sin_to_cos: bool = True, freq_shift: int = 0) -> Float[Array, "*b {dim}"]:
     """Sinusoidal features of `t` in float32; cosines first where `flip_sin_to_cos`. `t` may be fractional."""
@@ -26,8 +28,8 @@ class TimestepEmbedding(nnx.Module):
     """Linear, SiLU, Linear: from sinusoidal features to the vector that every residual block adds."""
 
     def __init__(self, channels_in: int, channels_out: int, *, dtype: Any, rngs: nnx.Rngs):
-        self.linear_1 = nnx.Linear(channels_in, channels_out, dtype=dtype, rngs=rngs)
-        self.linear_2 = nnx.Linear(channels_out, channels_out, dtype=dtype, rngs=rngs)
+        self.linear_1 = Linear(channels_in, channels_out, dtype=dtype, rngs=rngs)
+        self.linear_2 = Linear(channels_out, channels_out, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b c"]) -> Float[Array, "b c2"]:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from instantid_jax.nn.conv import Conv
+from instantid_jax.nn.linear import Linear
 from instantid_jax.nn.norm import GroupNorm
 
 
@@ -31,7 +32,7 @@ class ResnetBlock(nnx.Module):
         self.norm1 = GroupNorm(channels_in, groups, epsilon, dtype=dtype, rngs=rngs)
         self.conv1 = Conv(channels_in, channels_out, dtype=dtype, rngs=rngs)
         if time_channels is not None:
-            self.time_emb_proj = nnx.Linear(time_channels, channels_out, dtype=dtype, rngs=rngs)
+            self.time_emb_proj = Linear(time_channels, channels_out, dtype=dtype, rngs=rngs)
         self.norm2 = GroupNorm(channels_out, groups, epsilon, dtype=dtype, rngs=rngs)
         self.conv2 = Conv(channels_out, channels_out, dtype=dtype, rngs=rngs)
         if channels_in != channels_out:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 from instantid_jax.config import ComputeConfig
 from instantid_jax.nn.attention import Attention, IdentitySite, KeysValues
 from instantid_jax.nn.conv import Conv, resize_nearest
+from instantid_jax.nn.linear import Linear
 from instantid_jax.nn.norm import GroupNorm, LayerNorm
 from instantid_jax.nn.stacking import map_layers, scan_layers, stack_of
 
@@ -16,7 +17,7 @@ class GEGLU(nnx.Module):
     """value * gelu(gate): the first half of the projection is the value, the second the gate; gelu is the exact one (erf)."""
 
     def __init__(self, channels: int, inner: int, *, compute: ComputeConfig, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(channels, 2 * inner, dtype=jnp.dtype(compute.dtype), rngs=rngs)
+        self.proj = Linear(channels, 2 * inner, dtype=jnp.dtype(compute.dtype), rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n inner"]:
         value, gate = jnp.split(self.proj(x), 2, axis=-1)
@@ -28,7 +29,7 @@ class FeedForward(nnx.Module):
 
     def __init__(self, channels: int, *, compute: ComputeConfig, rngs: nnx.Rngs):
         self.net_0 = GEGLU(channels, 4 * channels, compute=compute, rngs=rngs)
-        self.net_2 = nnx.Linear(4 * channels, channels, dtype=jnp.dtype(compute.dtype), rngs=rngs)
+        self.net_2 = Linear(4 * channels, channels, dtype=jnp.dtype(compute.dtype), rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         return self.net_2(self.net_0(x))
@@ -78,8 +79,8 @@ class Transformer2D(nnx.Module):
         self.norm = GroupNorm(channels, groups, 1e-6, dtype=dtype, rngs=rngs)
         self.transformer_blocks = stack_of(lambda r: BasicTransformerBlock(channels, context_channels, heads, compute=compute, rngs=r), depth, rngs)
         if linear:
-            self.proj_in = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
-            self.proj_out = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
+            self.proj_in = Linear(channels, channels, dtype=dtype, rngs=rngs)
+            self.proj_out = Linear(channels, channels, dtype=dtype, rngs=rngs)
         else:
             self.proj_in = Conv(channels, channels, 1, dtype=dtype, rngs=rngs)
             self.proj_out = Conv(channels, channels, 1, dtype=dtype, rngs=rngs)
