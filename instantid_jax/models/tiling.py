@@ -73,7 +73,7 @@ def _even(work: Work, x: Array, tile: int, scale_in: int, scale_out: int) -> Arr
     sides = [min(tile, n) for n in sizes]
     axes = [_positions(n, side, scale_out) for n, side in zip(sizes, sides, strict=True)]
     places = [(r, c) for r in range(len(axes[0][0])) for c in range(len(axes[1][0]))]
-    tops, lefts = (np.asarray([axes[k][0][place[k]] for place in places]) for k in (0, 1))
+    tops, lefts = (jnp.asarray([axes[k][0][place[k]] for place in places]) for k in (0, 1))
     rows, columns = (jnp.asarray(np.stack([axes[k][1][place[k]] for place in places])) for k in (0, 1))
     given = (1, *(side * scale_in for side in sides), x.shape[3])
     shape = jax.eval_shape(work, jax.ShapeDtypeStruct(given, x.dtype))

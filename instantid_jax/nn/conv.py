@@ -24,6 +24,8 @@ class Conv(nnx.Module):
     8-bit with a scale for every output channel (`nn.linear`).
     """
 
+    kernel_scale: nnx.Param[Array]
+
     def __init__(
         self,
         channels_in: int,
@@ -43,7 +45,10 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((channels_out,)))
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        kernel, bias, rounded = self.kernel[...], self.bias[...].astype(self.dtype), hasattr(self, "kernel_scale")
+        if rounded:
+            kernel, x = inside_the_loop(kernel, x)
+        kernel = kernel.astype(self.dtype)
         if kernel.shape[:2] == (1, 1) and self.stride == 1:
             y = x.astype(self.dtype) @ kernel[0, 0]
         elif target_platform() == "tpu" and self._suits_matmul(x.shape):
@@ -51,7 +56,7 @@ class Conv(nnx.Module):
         else:
             dimensions = ("NHWC", "HWIO", "NHWC")
             y = jax.lax.conv_general_dilated(x.astype(self.dtype), kernel, (self.stride,) * 2, self.padding, dimension_numbers=dimensions)
-        if hasattr(self, "kernel_scale"):
+        if rounded:
             y = y * self.kernel_scale[...].astype(self.dtype)
         return y + bias
 
@@ -72,6 +77,14 @@ def conv3x3_as_matmul(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c c2
     taps = jnp.concatenate([padded[:, :, j : j + w] for j in range(3)], axis=-1)
     rows = kernel.reshape(3, 3 * c, -1)
     return sum(jnp.matmul(taps[:, i : i + h], rows[i], preferred_element_type=jnp.float32) for i in range(3)).astype(x.dtype)
+
+
+def inside_the_loop(kernel: Array, x: Array) -> tuple[Array, Array]:
+    """Both as they are, but the compiler must not compute with `kernel` before `x` is there.
+
+    Else it casts 8-bit kernels before the loop over the denoising steps, and holds a large copy of all of them throughout.
+    """
+    return jax.lax.optimization_barrier((kernel, x))
 
 
 class Downsample(nnx.Module):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from instantid_jax.nn.conv import Conv
+from instantid_jax.nn.conv import Conv, inside_the_loop
 from instantid_jax.paths import Tree, flatten, stacked_layer, unflatten
 
 _LARGEST = 127
@@ -23,11 +23,14 @@ _LARGEST = 127
 class Linear(nnx.Linear):
     """x kernel + bias; after `store_int8` by equation (2)."""
 
+    kernel_scale: nnx.Param[Array]
+
     def __call__(self, inputs: Float[Array, "... c"], out_sharding: Any = None) -> Float[Array, "... c2"]:
         if not hasattr(self, "kernel_scale"):
             return super().__call__(inputs, out_sharding)
         dtype = self.dtype or inputs.dtype
-        y = inputs.astype(dtype) @ self.kernel[...].astype(dtype) * self.kernel_scale[...].astype(dtype)
+        kernel, inputs = inside_the_loop(self.kernel[...], inputs)
+        y = inputs.astype(dtype) @ kernel.astype(dtype) * self.kernel_scale[...].astype(dtype)
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 
 
