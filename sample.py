@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (MemoryError, JaxRuntimeError) as error:
         if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print("sample.py: out of memory; try smaller --height and --width, fewer --num-images, or --dtype bfloat16", file=sys.stderr)
+        instead = "smaller --height and --width, fewer --num-images, --dtype bfloat16, --weights-dtype int8, or --vae-tiling even"
+        print(f"sample.py: out of memory; try {instead}", file=sys.stderr)
         return leave(1)
     return 0
 

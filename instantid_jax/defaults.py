@@ -59,9 +59,9 @@ def default_config() -> ModelConfig:
     return read_config(DEFAULT_WEIGHTS)
 
 
-def default_pipeline(dtype: str = "float32") -> InstantIDPipeline:
-    """The shipped model; `dtype` is that of weights and arithmetic."""
-    return InstantIDPipeline.from_pretrained(DEFAULT_WEIGHTS, dtype=dtype)
+def default_pipeline(dtype: str = "float32", weights_dtype: str | None = None) -> InstantIDPipeline:
+    """The shipped model; `dtype` and `weights_dtype` as in `from_pretrained`."""
+    return InstantIDPipeline.from_pretrained(DEFAULT_WEIGHTS, dtype=dtype, weights_dtype=weights_dtype)
 
 
 def people() -> list[Person]:

@@ -75,6 +75,7 @@ class Inputs(NamedTuple):
     plan: Plan
     guidance_scale: Array
     guidance_rescale: Array
+    pace: Pace | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("network",))
@@ -188,9 +189,9 @@ def denoise(
     plan: Plan,
     guidance_scale: Array,
     guidance_rescale: Array,
+    pace: Pace | None = None,
     watched: bool = False,
     shortcuts: Shortcuts = Shortcuts(),  # noqa: B008 (immutable)
-    pace: Pace | None = None,
 ) -> Array:
     """Latents of pictures from noise [b, h, w, c] that is already at the plan's first noise level, and that is used up.
 

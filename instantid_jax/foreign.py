@@ -59,7 +59,8 @@ METHODS = {
     "enable_model_cpu_offload": _DEVICE,
     "enable_sequential_cpu_offload": _DEVICE,
     "scheduler": "give sampler and sampler_options to each call",
-    "enable_vae_tiling": "pictures are decoded one at a time already; leave it out",
+    "enable_vae_tiling": 'give vae_tiling="even" (or "diffusers") to the call',
+    "enable_vae_slicing": "pictures are decoded one at a time already; leave it out",
     "enable_xformers_memory_efficient_attention": "give attention to from_pretrained",
 }
 """Methods and attributes of a pipeline."""

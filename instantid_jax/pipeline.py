@@ -29,6 +29,7 @@ from instantid_jax.foreign import CALL, LOADING, METHODS, refusal
 from instantid_jax.models import FROZEN, TRAINABLE, Network, build_networks
 from instantid_jax.models.encoder import AddedConditions
 from instantid_jax.models.identitynet import IdentityNet
+from instantid_jax.models.tiling import Tiling
 from instantid_jax.parallel.distributed import put_whole, to_host
 from instantid_jax.parallel.mesh import batch_sharding
 from instantid_jax.parallel.rules import shardings
@@ -63,7 +64,7 @@ class InstantIDPipeline:
     """A whole InstantID model: weights, tokenizers, and the calls that make pictures.
 
     `parameters` maps each network's name to its tree of arrays; `controlnets` are stock SDXL ControlNets beside
-    IdentityNet, as (network, parameters).
+    IdentityNet, as (network, parameters). With `int8` the trees of UNet and IdentityNet hold 8-bit kernels (`nn.linear.quantize`).
     """
 
     def __init__(
@@ -74,12 +75,13 @@ class InstantIDPipeline:
         *,
         compute: ComputeConfig | None = None,
         controlnets: Sequence[tuple[Network, Any]] = (),
+        int8: bool = False,
     ):
         compute = compute or ComputeConfig()
         # SDXL's autoencoder overflows in float16, which is what `force_upcast` says.
         vae_dtype = "float32" if config.vae.force_upcast and compute.dtype == "float16" else compute.dtype
         self.config, self.parameters, self.tokenizers = config, parameters, tokenizers
-        self.networks = build_networks(config, compute, dataclasses.replace(compute, dtype=vae_dtype))
+        self.networks = _with_int8(build_networks(config, compute, dataclasses.replace(compute, dtype=vae_dtype)), int8)
         self.controlnets = tuple(controlnets)
         self.ip_adapter_scale = 0.5
         places = {leaf.sharding for leaf in jax.tree.leaves(parameters) if isinstance(leaf, jax.Array)}
@@ -97,23 +99,28 @@ class InstantIDPipeline:
         mesh: jax.sharding.Mesh | None = None,
         controlnets: Sequence[str | Path] = (),
         attention: str = "auto",
+        weights_dtype: str | None = None,
         **foreign: Any,
     ) -> InstantIDPipeline:
         """Loads what ``python -m convert_weights import`` wrote.
 
-        `dtype` is that of weights and arithmetic: "float32", "bfloat16" or "float16". With a `mesh` the weights are
+        `dtype` is that of weights and arithmetic: "float32", "bfloat16" or "float16". `weights_dtype` "int8" holds the kernels
+        of UNet, IdentityNet and other ControlNets in 8 bits (docs/speed.md); arithmetic stays in `dtype`. With a `mesh` the weights are
         spread over its devices, and the pictures of a call where they divide evenly; of several processes all make the same
         calls, and all get all pictures. `controlnets` are folders that ``import --controlnet`` wrote.
         """
         _refuse(cls.from_pretrained, foreign, LOADING, "from_pretrained")
         directory, compute = Path(directory), ComputeConfig(dtype=dtype, attention=attention)
+        if weights_dtype not in (None, "int8"):
+            raise PipelineError(f"weights_dtype must be 'int8' or None (the weights then have dtype), not {weights_dtype!r}")
+        int8 = weights_dtype == "int8"
         config, folders = read_config(directory), [Path(folder) for folder in controlnets]
-        extra = [Network(IdentityNet, read_controlnet_config(folder), compute) for folder in folders]
-        networks = build_networks(config, compute)
+        extra = [Network(IdentityNet, read_controlnet_config(folder), compute, int8) for folder in folders]
+        networks = _with_int8(build_networks(config, compute), int8)
         parameters = {name: _load(directory / name, networks[name], name, dtype, mesh) for name in NETWORKS}
         loaded = [(n, _load(folder / "controlnet", n, "controlnet", dtype, mesh)) for n, folder in zip(extra, folders, strict=True)]
         tokenizers = (Tokenizer.from_directory(directory / "tokenizer"), Tokenizer.from_directory(directory / "tokenizer_2"))
-        return cls(config, parameters, tokenizers, compute=compute, controlnets=loaded)
+        return cls(config, parameters, tokenizers, compute=compute, controlnets=loaded, int8=int8)
 
     if not TYPE_CHECKING:
 
@@ -199,6 +206,8 @@ class InstantIDPipeline:
         num_inference_steps: int = 50,
         guidance_scale: float = 5.0,
         guidance_rescale: float = 0.0,
+        guidance_start: float = 0.0,
+        guidance_end: float = 1.0,
         controlnet_conditioning_scale: float | Sequence[float] = 1.0,
         ip_adapter_scale: float | None = None,
         control_guidance_start: float | Sequence[float] = 0.0,
@@ -209,6 +218,9 @@ class InstantIDPipeline:
         latents: Any = None,
         sampler: str = "euler",
         sampler_options: dict[str, Any] | None = None,
+        cache_interval: int = 1,
+        cache_branch_id: int = 0,
+        control_interval: int = 1,
         clip_skip: int | None = 0,
         prompt_weighting: bool = False,
         original_size: tuple[int, int] | None = None,
@@ -217,6 +229,8 @@ class InstantIDPipeline:
         negative_original_size: tuple[int, int] | None = None,
         negative_crops_coords_top_left: tuple[int, int] = (0, 0),
         negative_target_size: tuple[int, int] | None = None,
+        vae_tiling: str | None = None,
+        vae_tile_size: int | None = None,
         output_type: str = "pil",
         on_step: Callable[[int], None] | None = None,
         **foreign: Any,
@@ -231,9 +245,12 @@ class InstantIDPipeline:
             negative_prompt: None is zeros where the model says so (SDXL base does), which is not the same as "".
             height, width: pixels, multiples of 8; the control picture's by default.
             guidance_scale: classifier-free guidance; at most 1 switches it off.
+            guidance_start, guidance_end: window of the steps, as fractions, that are guided; outside it only the conditional half is
+                computed (docs/speed.md says what this and the three intervals save, and what they do to pictures).
             controlnet_conditioning_scale: strength of IdentityNet (a list with other ControlNets).
             ip_adapter_scale: strength of the image adapter; None takes `set_ip_adapter_scale`'s.
-            control_guidance_start, control_guidance_end: window of the steps, as fractions, in which the nets act.
+            control_guidance_start, control_guidance_end: window of the steps, as fractions, in which the nets act;
+                outside it, and at strength 0, they are not computed.
             control_mask: where IdentityNet and the adapter act: PIL or [H, W] or [H, W, 3], 0 to 255 or 0.0 to 1.0. Integers other
                 than uint8 that are only 0 and 1 count as 0.0 and 1.0.
             seed: picture i of the call has seed + i, so each can be made again alone.
@@ -241,10 +258,15 @@ class InstantIDPipeline:
             sampler: one of `diffusion.SAMPLERS`.
             sampler_options: what `diffusion.make_sampler` describes, such as {"karras": True}, or {"final_sigmas_type": "sigma_min"}
                 for the last noise level of diffusers 0.25.
+            cache_interval: every so many model calls the UNet is computed whole, in between its outermost layers alone (DeepCache).
+            cache_branch_id: how far these reach: 0 is one skip connection, the UNet has `num_skips`.
+            control_interval: every so many model calls IdentityNet and other ControlNets are computed.
             clip_skip: text layers to leave out, counted from the last but one; None is 0.
             prompt_weighting: the published full pipeline's prompt syntax and unlimited length.
             original_size, crops_coords_top_left, target_size: SDXL's micro-conditioning, heights first. As in diffusers the negative
                 ones count only where both negative sizes are given, with a crop at (0, 0) by default; else they are the positive ones.
+            vae_tiling: decodes large pictures in tiles: "even" is nearer to the picture without, "diffusers" is diffusers' own layout.
+            vae_tile_size: side of a tile in pixels, a multiple of four latent pixels; the size that the autoencoder was trained for by default.
             output_type: "pil", "np" or "latent".
             on_step: called with the number of each finished model call. What it raises is raised here, after the last call.
             foreign: nothing is taken; a name of diffusers' is refused with what to use instead.
@@ -260,8 +282,8 @@ class InstantIDPipeline:
         inputs = self.prepare(request, image, image_embeds, control_mask, latents, (guidance_scale, guidance_rescale))
         denoiser, weights = self.denoiser()
         with programs.watching(on_step) as watched:
-            out = programs.denoise(denoiser, request.solver, request.guided, weights, *self._spread(inputs), watched)
-        return PipelineOutput(self._finish(out, output_type))
+            out = programs.denoise(denoiser, request.solver, request.guided, weights, *self._spread(inputs), watched, request.shortcuts)
+        return PipelineOutput(self._finish(out, output_type, request.tiling))
 
     def denoiser(self) -> tuple[Denoiser, dict[str, Any]]:
         """The networks of every denoising step, and their weights."""
@@ -288,7 +310,7 @@ class InstantIDPipeline:
         seeds, plan = request.seeds(), request.plan
         noise = programs.initial_noise(seeds, shape) if latents is None else request.latents(latents, shape)
         conditions = self._conditions(request, images, embeddings, mask)
-        return Inputs(conditions, jnp.asarray(noise) * plan.init_noise_sigma, jnp.asarray(seeds), plan, *map(jnp.float32, guidance))
+        return Inputs(conditions, jnp.asarray(noise) * plan.init_noise_sigma, jnp.asarray(seeds), plan, *map(jnp.float32, guidance), request.pace())
 
     def _spread(self, inputs: Inputs) -> Inputs:
         """With weights spread over a mesh: the pictures of a batch too, where their number can be divided by its data and fsdp axes."""
@@ -326,14 +348,14 @@ class InstantIDPipeline:
             control_mask=None if mask is None else jnp.asarray(mask)[None],
         )
 
-    def _finish(self, latents: jax.Array, output_type: str) -> Any:
+    def _finish(self, latents: jax.Array, output_type: str, tiling: Tiling | None) -> Any:
         if not np.isfinite(denoised := to_host(latents)).all():
             raise PipelineError(
                 "the denoising networks gave values that are not finite; load the model with dtype='float32' or 'bfloat16', or check its weights"
             )
         if output_type == "latent":
             return denoised
-        pictures = to_host(programs.decode(self.networks["vae"], self.parameters["vae"], latents))
+        pictures = to_host(programs.decode(self.networks["vae"], self.parameters["vae"], latents, tiling))
         if not np.isfinite(pictures).all():
             raise PipelineError("the autoencoder gave values that are not finite; load the model with dtype='float32' or 'bfloat16'")
         if output_type == "np":
@@ -410,9 +432,15 @@ def report_truncation(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
             warnings.warn(message, TokenizerWarning, stacklevel=4)
 
 
+def _with_int8(networks: dict[str, Network], int8: bool) -> dict[str, Network]:
+    """The networks that run in every step hold their kernels in 8 bits, if so asked."""
+    return networks | {name: dataclasses.replace(networks[name], int8=int8) for name in ("unet", "identitynet")}
+
+
 def _load(directory: Path, network: Network, name: str, dtype: str, mesh: jax.sharding.Mesh | None) -> Any:
     """One network's weights on the devices: everywhere without a mesh, spread over it by the sharding rules with one."""
-    tree = network.from_disk(load_weights(directory, dtype=dtype), name)
+    # 8-bit kernels are rounded from what is stored, not from what that is cast to.
+    tree = network.from_disk(load_weights(directory, dtype=None if network.int8 else dtype), name)
     if mesh is None:
         return jax.device_put(tree)
     return jax.tree.map(put_whole, tree, shardings(network.abstract, mesh))

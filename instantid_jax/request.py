@@ -13,19 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from instantid_jax.config import ModelConfig
-from instantid_jax.diffusion import Plan, Sampler, SamplerError, make_sampler
+from instantid_jax.config import AutoencoderConfig, ModelConfig
+from instantid_jax.diffusion import Plan, Sampler, SamplerError, control_window, make_sampler
 from instantid_jax.face import FaceError, prepare_control_image
+from instantid_jax.models.tiling import Tiling
+from instantid_jax.prediction import Pace, Shortcuts
 
 __all__ = ["CHECKED", "OUTPUT_TYPES", "PipelineError", "Request", "in_options", "read_sampler_options"]
 
 _SIZES = ("original_size", "crops_coords_top_left", "target_size")
 _SIZES += tuple(f"negative_{name}" for name in _SIZES)
+_SAVINGS = ("guidance_start", "guidance_end", "cache_interval", "cache_branch_id", "control_interval", "vae_tiling", "vae_tile_size")
 # The pipeline's arguments that can be checked without knowing the size of the picture.
 CHECKED = (
     *("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_weighting", "clip_skip", "num_images_per_prompt", "seed"),
     *("height", "width", "num_inference_steps", "sampler", "sampler_options", "output_type", "guidance_scale", "guidance_rescale"),
     *("ip_adapter_scale", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", *_SIZES),
+    *_SAVINGS,
 )
 OUTPUT_TYPES = ("pil", "np", "latent")
 
@@ -45,6 +49,7 @@ _OPTIONS = {
 }
 _OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ("guidance_scale", "guidance_rescale", "ip_adapter_scale", "clip_skip")}
 _OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ("prompt_weighting", "seed", "height", "width")}
+_OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in _SAVINGS}
 
 
 def in_options(message: str) -> str:
@@ -148,6 +153,11 @@ class Request:
     scales: list[float]
     ip_adapter_scale: float | None
     windows: list[tuple[float, float]]
+    guidance_window: tuple[float, float]
+    cache_interval: int
+    cache_branch: int
+    control_interval: int
+    tiling: Tiling | None
     clip_skip: int
     prompt_weighting: bool
     seed: int
@@ -195,13 +205,34 @@ class Request:
             guided=_number("guidance_scale", a["guidance_scale"], 0, 100) > 1,
             scales=_per_net("controlnet_conditioning_scale", a["controlnet_conditioning_scale"], nets, -10, 10),
             ip_adapter_scale=None if scale is None else _number("ip_adapter_scale", scale, -10, 10),
-            windows=_windows(a["control_guidance_start"], a["control_guidance_end"], nets),
+            windows=_windows("control_guidance", a["control_guidance_start"], a["control_guidance_end"], nets),
+            guidance_window=_windows("guidance", a["guidance_start"], a["guidance_end"], 1)[0],
+            cache_interval=_whole("cache_interval", a["cache_interval"], 1, 1000),
+            cache_branch=_whole("cache_branch_id", a["cache_branch_id"], 0, config.unet.num_skips - 1),
+            control_interval=_whole("control_interval", a["control_interval"], 1, 1000),
+            tiling=_tiling(config.vae, a["vae_tiling"], a["vae_tile_size"]),
             clip_skip=_whole("clip_skip", 0 if a["clip_skip"] is None else a["clip_skip"], 0, layers - 1),
             prompt_weighting=a["prompt_weighting"],
             seed=_whole("seed", a["seed"], 0, 2**32 - 1),
             size=(a["height"], a["width"]),
             sizes=tuple(None if a[k] is None else _pair(k, a[k]) for k in _SIZES),
         )
+
+    @property
+    def shortcuts(self) -> Shortcuts:
+        """What the denoising program leaves out at all."""
+        return Shortcuts(
+            cache_branch=self.cache_branch if self.cache_interval > 1 else None,
+            keep_control=self.control_interval > 1,
+            guidance_window=self.guided and self.guidance_window != (0, 1),
+        )
+
+    def pace(self) -> Pace | None:
+        """How it does so; None where it leaves out nothing. As in diffusers, windows are fractions of the model calls."""
+        if self.shortcuts == Shortcuts():
+            return None
+        guidance = control_window(self.plan.num_calls, *self.guidance_window) > 0
+        return Pace(jnp.int32(self.cache_interval), jnp.int32(self.control_interval), jnp.asarray(guidance))
 
     def seeds(self) -> np.ndarray:
         """One seed a picture: seed, seed + 1, ... (wrapping at 2**32)."""
@@ -285,13 +316,29 @@ def _solver(config: ModelConfig, name: Any, options: Any, steps: Any) -> tuple[S
         raise PipelineError(str(error)) from error
 
 
-def _windows(start: Any, end: Any, nets: int) -> list[tuple[float, float]]:
-    """(start, end) of each net."""
-    starts, ends = _per_net("control_guidance_start", start, nets, 0, 1), _per_net("control_guidance_end", end, nets, 0, 1)
+def _windows(name: str, start: Any, end: Any, nets: int) -> list[tuple[float, float]]:
+    """(start, end) of each net; the arguments are called `name`_start and `name`_end."""
+    starts, ends = _per_net(f"{name}_start", start, nets, 0, 1), _per_net(f"{name}_end", end, nets, 0, 1)
     for begin, stop in zip(starts, ends, strict=True):
         if begin >= stop:
-            raise PipelineError(f"control_guidance_start {begin:g} must be smaller than control_guidance_end {stop:g}")
+            raise PipelineError(f"{name}_start {begin:g} must be smaller than {name}_end {stop:g}")
     return list(zip(starts, ends, strict=True))
+
+
+def _tiling(config: AutoencoderConfig, layout: Any, size: Any) -> Tiling | None:
+    """How to decode in tiles; None is not at all."""
+    if layout is None:
+        if size is not None:
+            raise PipelineError("vae_tile_size has no meaning without vae_tiling: give one of 'even' and 'diffusers'")
+        return None
+    if layout not in ("even", "diffusers"):
+        raise PipelineError(f"vae_tiling must be 'even', 'diffusers' or None, not {layout!r}")
+    unit = 4 * config.downscale
+    if size is None:
+        return Tiling(layout, -(-config.sample_size // unit) * unit)
+    if _whole("vae_tile_size", size, unit, 8192) % unit:
+        raise PipelineError(f"vae_tile_size must be a multiple of {unit}, not {size}")
+    return Tiling(layout, int(size))
 
 
 def _picture(name: str, value: Any) -> Image.Image | np.ndarray:

@@ -49,11 +49,16 @@ class SampleOptions:
     sampler_option: tuple[str, ...] = ()  # The sampler's own options as key=value: karras=true, eta=0.5, final_sigmas_type=sigma_min.
     guidance_scale: float | None = None  # Classifier-free guidance, by default 5 (3 with the small model); 1 or less switches it off.
     guidance_rescale: float = 0.0  # Against over-saturation, 0 to 1.
+    guidance_start: float = 0.0  # Fraction of the steps at which guidance begins; before it a step costs half.
+    guidance_end: float = 1.0  # Fraction of the steps at which it ends, likewise.
     clip_skip: int = 0  # Text layers to leave out, counted from the last but one.
     identitynet_scale: float | None = None  # Strength of IdentityNet: keypoints and likeness. By default 0.8 (1 with the small model).
     ip_adapter_scale: float | None = None  # Strength of the image adapter: facial detail, likewise. Lower it first when colours burn.
     control_start: float = 0.0  # Fraction of the steps at which IdentityNet (and other ControlNets) begin to act.
     control_end: float = 1.0  # Fraction of the steps at which they stop acting.
+    control_interval: int = 1  # Run IdentityNet (and other ControlNets) at every so many steps, and keep what they gave in between.
+    cache_interval: int = 1  # Run the whole UNet at every so many steps, in between its outermost layers alone (DeepCache). 1 is exact.
+    cache_branch_id: int = 0  # How many skip connections, less one, those layers have: more is nearer to exact, and slower.
     control_mask: Path | None = None  # Picture that is white where IdentityNet and the image adapter act, black where they do not.
     controlnet: tuple[Path, ...] = ()  # Other ControlNets, folders that `python -m convert_weights import --controlnet` wrote.
     control_image: tuple[Path, ...] = ()  # One picture (depth, edges, ...) for each --controlnet.
@@ -65,6 +70,9 @@ class SampleOptions:
     analyzer: Literal["antelopev2", "opencv"] | None = None  # Face backend; by default the one that the weights were trained with.
     analyzer_root: Path | None = None  # Folder of the antelopev2 model files.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # Type of weights and arithmetic.
+    weights_dtype: Literal["int8"] | None = None  # Hold the kernels of UNet, IdentityNet and ControlNets in 8 bits: half the memory of bfloat16.
+    vae_tiling: Literal["even", "diffusers"] | None = None  # Decode large pictures in tiles, against running out of memory: "even" is nearer to none.
+    vae_tile_size: int | None = None  # Side of a tile in pixels, a multiple of 32; by default 1024.
     out: Path = Path("outputs")  # Folder for the pictures and the contact sheet. Pictures with other settings stay: new ones get a number.
 
     jobs: Path | None = None  # Many pictures: a JSONL file of faces, prompts, seeds and settings (docs/jobs.md). The other options are its defaults.
@@ -98,6 +106,7 @@ class SampleOptions:
     def call(self) -> dict[str, Any]:
         """Arguments of `InstantIDPipeline.__call__`, of options that `filled` gave; pictures and embedding are missing."""
         same = ("prompt", "negative_prompt", "prompt_weighting", "seed", "sampler", "clip_skip", "guidance_scale", "guidance_rescale")
+        same += ("guidance_start", "guidance_end", "control_interval", "cache_interval", "cache_branch_id", "vae_tiling", "vae_tile_size")
         return {name: getattr(self, name) for name in (*same, "ip_adapter_scale", "height", "width")} | {
             "num_images_per_prompt": self.num_images,
             "num_inference_steps": self.steps,

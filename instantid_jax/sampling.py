@@ -32,8 +32,8 @@ def open_pipeline(s: SampleOptions) -> InstantIDPipeline:
     """The pipeline that the options name."""
     if s.weights is None:
         print(NOTICE, file=sys.stderr)
-        return default_pipeline(dtype=s.dtype)
-    return InstantIDPipeline.from_pretrained(s.weights, dtype=s.dtype, controlnets=s.controlnet)
+        return default_pipeline(dtype=s.dtype, weights_dtype=s.weights_dtype)
+    return InstantIDPipeline.from_pretrained(s.weights, dtype=s.dtype, controlnets=s.controlnet, weights_dtype=s.weights_dtype)
 
 
 def plan_table(s: SampleOptions) -> str:

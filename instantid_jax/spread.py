@@ -19,7 +19,9 @@ from instantid_jax import denoise as programs
 from instantid_jax.denoise import Denoiser, Inputs
 from instantid_jax.diffusion import Sampler
 from instantid_jax.models import Network
+from instantid_jax.models.tiling import Tiling
 from instantid_jax.pipeline import InstantIDPipeline
+from instantid_jax.prediction import Shortcuts
 from instantid_jax.request import Request
 
 __all__ = ["Spread"]
@@ -43,15 +45,15 @@ class Spread:
     def kind(request: Request, inputs: Inputs) -> Hashable:
         """Calls of the same kind share a program."""
         shapes = tuple((x.shape, str(x.dtype)) for x in map(np.asarray, jax.tree.leaves(inputs)))
-        return request.solver, request.guided, jax.tree.structure(inputs), shapes
+        return request.solver, request.guided, request.shortcuts, request.tiling, jax.tree.structure(inputs), shapes
 
     def draw(self, request: Request, calls: Sequence[Inputs]) -> np.ndarray:
         """Pictures [calls, b, H, W, 3] in [0, 1] of at most `width` calls of one kind; `request` is that of any. A short batch is filled up."""
         filled = [*calls, *[calls[0]] * (self.width - len(calls))]
         stacked = jax.tree.map(lambda *x: np.stack([np.asarray(one) for one in x]), *filled)
         placed = jax.device_put(stacked, NamedSharding(self.mesh, _ROWS))
-        latents = _denoise(self.denoiser, request.solver, request.guided, self.mesh, self._weights, placed)
-        return np.asarray(_decode(self.vae, self.mesh, self._vae_weights, latents))[: len(calls)]
+        latents = _denoise(self.denoiser, request.solver, request.guided, request.shortcuts, self.mesh, self._weights, placed)
+        return np.asarray(_decode(self.vae, self.mesh, self._vae_weights, latents, request.tiling))[: len(calls)]
 
 
 def _on_each(function: Any, mesh: Mesh) -> Any:
@@ -63,11 +65,11 @@ def _on_each(function: Any, mesh: Mesh) -> Any:
     return jax.shard_map(one, mesh=mesh, in_specs=(_WHOLE, _ROWS), out_specs=_ROWS, check_vma=False)
 
 
-@functools.partial(jax.jit, static_argnames=("denoiser", "sampler", "guided", "mesh"))
-def _denoise(denoiser: Denoiser, sampler: Sampler, guided: bool, mesh: Mesh, weights: Any, inputs: Inputs) -> jax.Array:
-    return _on_each(lambda own, x: programs.denoise(denoiser, sampler, guided, own, *x), mesh)(weights, inputs)
+@functools.partial(jax.jit, static_argnames=("denoiser", "sampler", "guided", "shortcuts", "mesh"))
+def _denoise(denoiser: Denoiser, sampler: Sampler, guided: bool, shortcuts: Shortcuts, mesh: Mesh, weights: Any, inputs: Inputs) -> jax.Array:
+    return _on_each(lambda own, x: programs.denoise(denoiser, sampler, guided, own, *x, shortcuts=shortcuts), mesh)(weights, inputs)
 
 
-@functools.partial(jax.jit, static_argnames=("network", "mesh"))
-def _decode(network: Network, mesh: Mesh, weights: Any, latents: jax.Array) -> jax.Array:
-    return _on_each(functools.partial(programs.decode, network), mesh)(weights, latents)
+@functools.partial(jax.jit, static_argnames=("network", "mesh", "tiling"))
+def _decode(network: Network, mesh: Mesh, weights: Any, latents: jax.Array, tiling: Tiling | None) -> jax.Array:
+    return _on_each(lambda own, x: programs.decode(network, own, x, tiling), mesh)(weights, latents)

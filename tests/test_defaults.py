@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from instantid_jax.data.drawing import draw_keypoints
 from instantid_jax.data.portraits import PortraitWorld
-from instantid_jax.defaults import ASSETS, DEFAULT_WEIGHTS, PROMPTS, default_config, framed, people
+from instantid_jax.defaults import ASSETS, DEFAULT_WEIGHTS, PROMPTS, default_config, default_pipeline, framed, people
 from instantid_jax.face import analyze_photo, load_analyzer, load_photo
+from instantid_jax.pipeline import PipelineError
 
 
 def test_framing_puts_eyes_and_mouth_where_rendered_heads_have_them() -> None:
@@ -45,6 +47,16 @@ def test_the_model_is_small_and_finite() -> None:
     config = default_config()
     assert config.face_analyzer == "opencv" and config.keypoint_scale == 0.15
     assert config.unet.sample_size * config.vae.downscale == 64
+
+
+def test_with_8_bit_weights_the_picture_is_nearly_the_same() -> None:
+    keypoints = draw_keypoints((64, 64), people()[0].pose * 64, default_config().keypoint_scale)
+    vector = np.random.default_rng(0).standard_normal(128).astype(np.float32)
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}
+    exact, rounded = (default_pipeline(weights_dtype=kind)(PROMPTS["photo"], keypoints, vector, **options).images for kind in (None, "int8"))
+    assert 0 < np.sqrt(np.square(exact - rounded).mean() / np.square(exact).mean()) < 0.03
+    with pytest.raises(PipelineError, match="weights_dtype must be 'int8' or None"):
+        default_pipeline(weights_dtype="int4")
 
 
 def test_prompts_are_of_the_kind_that_the_model_knows() -> None:

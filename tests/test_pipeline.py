@@ -90,6 +90,32 @@ def test_every_setting_reaches_the_picture(pipe: InstantIDPipeline, change: dict
     assert np.abs(make(pipe, output_type="latent") - make(pipe, output_type="latent", **change)).max() > 1e-4
 
 
+def test_shortcuts_reach_the_picture_and_another_pace_compiles_nothing(pipe: InstantIDPipeline) -> None:
+    fast = {"cache_interval": 2, "control_interval": 2, "guidance_end": 0.7, "output_type": "latent"}
+    first = make(pipe, **fast)
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        others = [make(pipe, **fast | change) for change in ({"cache_interval": 3}, {"control_interval": 3}, {"guidance_start": 0.3})]
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled == []
+    pictures = [first, *others, make(pipe, output_type="latent")]
+    assert all(np.abs(a - b).max() > 1e-4 for i, a in enumerate(pictures) for b in pictures[:i])
+
+
+def test_tiles_are_near_to_the_whole_picture(pipe: InstantIDPipeline) -> None:
+    whole = make(pipe)
+    tiled = make(pipe, vae_tiling="even", vae_tile_size=32)
+    np.testing.assert_array_equal(make(pipe, vae_tiling="even"), whole)
+    assert tiled.shape == whole.shape and 0 < np.abs(tiled - whole).mean() < 0.1
+
+
 def test_the_last_noise_level_reaches_the_picture(pipe: InstantIDPipeline) -> None:
     old = make(pipe, sampler="unipc", sampler_options={"final_sigmas_type": "sigma_min"}, output_type="latent")
     assert np.abs(make(pipe, sampler="unipc", output_type="latent") - old).max() > 1e-4
@@ -161,6 +187,14 @@ def test_given_latents_replace_the_seed(pipe: InstantIDPipeline) -> None:
         ({"latents": np.zeros((1, 4, 8, 8))}, re.escape("needs (1, 8, 8, 4)")),
         ({"control_mask": np.zeros((32, 64))}, re.escape("control_mask has shape (32, 64)")),
         ({"control_guidance_start": 0.9, "control_guidance_end": 0.1}, "must be smaller than"),
+        ({"guidance_start": 0.5, "guidance_end": 0.5}, "guidance_start 0.5 must be smaller than guidance_end 0.5"),
+        ({"guidance_end": 2}, "guidance_end must be between 0 and 1, not 2"),
+        ({"cache_interval": 0}, "cache_interval must be between 1 and 1000, not 0"),
+        ({"cache_branch_id": 9}, "cache_branch_id must be between 0 and 8, not 9"),
+        ({"control_interval": 1.5}, "control_interval must be a whole number, not 1.5"),
+        ({"vae_tiling": True}, "vae_tiling must be 'even', 'diffusers' or None, not True"),
+        ({"vae_tile_size": 64}, "no meaning without vae_tiling"),
+        ({"vae_tiling": "even", "vae_tile_size": 72}, "vae_tile_size must be a multiple of 32, not 72"),
         ({"output_type": "jpg"}, "output_type must be one of"),
         ({"prompt": 3}, "prompt must be a text"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts, prompt has 1"),

@@ -233,8 +233,11 @@ def test_too_little_memory_is_one_sentence(make: Callable[[], BaseException], st
     stub.error = make()
     face = face_file(tmp_path / "me.npz", 128)
     assert sample.main(["--face", str(face), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 1
-    assert stub.loaded == {"directory": (), "dtype": "bfloat16"}
-    assert "sample.py: out of memory; try smaller --height and --width, fewer --num-images, or --dtype bfloat16" in capsys.readouterr().err
+    assert stub.loaded == {"directory": (), "dtype": "bfloat16", "weights_dtype": None}
+    assert (
+        "sample.py: out of memory; try smaller --height and --width, fewer --num-images, --dtype bfloat16, --weights-dtype int8, or --vae-tiling even"
+        in capsys.readouterr().err
+    )
     stub.error = jax.errors.JaxRuntimeError("INTERNAL: a defect")
     with pytest.raises(jax.errors.JaxRuntimeError, match="a defect"):
         sample.main(["--face", str(face), "--out", str(tmp_path / "out")])
