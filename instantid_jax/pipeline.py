@@ -310,7 +310,8 @@ class InstantIDPipeline:
         seeds, plan = request.seeds(), request.plan
         noise = programs.initial_noise(seeds, shape) if latents is None else request.latents(latents, shape)
         conditions = self._conditions(request, images, embeddings, mask)
-        return Inputs(conditions, jnp.asarray(noise) * plan.init_noise_sigma, jnp.asarray(seeds), plan, *map(jnp.float32, guidance), request.pace())
+        start, (scale, rescale) = jnp.asarray(noise) * plan.init_noise_sigma, map(jnp.float32, guidance)
+        return Inputs(conditions, start, jnp.asarray(seeds), plan, scale, rescale, request.pace())
 
     def _spread(self, inputs: Inputs) -> Inputs:
         """With weights spread over a mesh: the pictures of a batch too, where their number can be divided by its data and fsdp axes."""

@@ -151,7 +151,7 @@ def test_the_size_of_the_output_does_not_reach_the_detector(stub: Stub, tmp_path
 def test_a_precomputed_face_needs_no_analyzer(stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, face = weights_folder(tmp_path / "w"), face_file(tmp_path / "me.npz", 512)
     assert sample.main(["--weights", str(weights), "--face", str(face), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
-    assert stub.loaded == {"directory": (weights,), "dtype": "bfloat16", "controlnets": ()}
+    assert stub.loaded == {"directory": (weights,), "dtype": "bfloat16", "controlnets": (), "weights_dtype": None}
     np.testing.assert_array_equal(stub.called["image_embeds"], np.arange(1, 513, dtype=np.float32))
     assert stub.called["image"][0].size == (1280, 1280)
     narrow = face_file(tmp_path / "narrow.npz", 128)
@@ -167,11 +167,13 @@ def test_every_option_reaches_the_call(stub: Stub, tmp_path: Path) -> None:
     options = "--num-images 2 --seed 5 --steps 9 --sampler ddim --sampler-option eta=0.5 --guidance-scale 3 --guidance-rescale 0.2 --clip-skip 1"
     options += " --identitynet-scale 0.7 --ip-adapter-scale 0.6 --control-start 0.1 --control-end 0.9 --height 64 --width 128"
     options += f" --controlnet a b --control-image {picture} {picture} --control-scale 0.5 0.4 --control-mask {picture} --prompt-weighting"
+    options += " --guidance-start 0.2 --guidance-end 0.8 --cache-interval 3 --cache-branch-id 1 --control-interval 2"
+    options += " --vae-tiling even --vae-tile-size 512 --weights-dtype int8"
     named = f"--weights {weights} --face {face} --pose {pose} --out {tmp_path / 'out'}"
     assert sample.main([*named.split(), *options.split(), "--prompt", "x y", "--negative-prompt", "z"]) == 2  # clip skip and weighting
     options = options.replace(" --prompt-weighting", "")
     assert sample.main([*named.split(), *options.split(), "--prompt", "x y", "--negative-prompt", "z"]) == 0
-    assert stub.loaded["controlnets"] == (Path("a"), Path("b"))
+    assert stub.loaded["controlnets"] == (Path("a"), Path("b")) and stub.loaded["weights_dtype"] == "int8"
     called = stub.called
     assert [image.size for image in called.pop("image")] == [(128, 64), (64, 64), (64, 64)]
     mask = called.pop("control_mask")
@@ -181,7 +183,8 @@ def test_every_option_reaches_the_call(stub: Stub, tmp_path: Path) -> None:
         "prompt": "x y", "negative_prompt": "z", "prompt_weighting": False, "seed": 5, "sampler": "ddim", "clip_skip": 1,
         "guidance_scale": 3.0, "guidance_rescale": 0.2, "ip_adapter_scale": 0.6, "height": 64, "width": 128, "num_images_per_prompt": 2,
         "num_inference_steps": 9, "sampler_options": {"eta": 0.5}, "control_guidance_start": 0.1, "control_guidance_end": 0.9,
-        "controlnet_conditioning_scale": [0.7, 0.5, 0.4],
+        "controlnet_conditioning_scale": [0.7, 0.5, 0.4], "guidance_start": 0.2, "guidance_end": 0.8, "cache_interval": 3,
+        "cache_branch_id": 1, "control_interval": 2, "vae_tiling": "even", "vae_tile_size": 512,
     }  # fmt: skip
     stored = read_settings(tmp_path / "out" / "000006.png")
     assert stored["seed"] == 6 and stored["weights"] == "w" and stored["controlnet"] == ["a", "b"] and stored["control_scale"] == [0.5, 0.4]
@@ -212,6 +215,8 @@ def test_every_option_reaches_the_call(stub: Stub, tmp_path: Path) -> None:
         ("--out README.md", 1, "--out README.md: it is a file; name a folder"),
         ("--controlnet x", 2, "one of each for every ControlNet"),
         ("--controlnet x --control-image instantid_jax/assets/astronaut.jpg", 2, "--controlnet needs --weights"),
+        ("--cache-interval 0", 2, "--cache-interval must be between 1 and 1000, not 0"),
+        ("--vae-tile-size 64", 2, "--vae-tile-size has no meaning without --vae-tiling"),
     ],
 )
 def test_bad_input_gets_one_sentence_before_weights_are_loaded(
