@@ -264,10 +264,9 @@ class BatchIterator(grain.DatasetIterator):
     `close` stops its threads.
     """
 
-    def __init__(self, samples: _Samples, process_index: int, process_count: int, start_position: int) -> None:
+    def __init__(self, samples: _Samples, rows: np.ndarray, start_position: int) -> None:
         super().__init__()
-        self._samples = samples
-        self._process_index, self._process_count = process_index, process_count
+        self._samples, self._rows = samples, rows
         self._inner: Any = None
         self._go_to(start_position)
 
@@ -325,9 +324,9 @@ class BatchIterator(grain.DatasetIterator):
 
     def _open(self) -> Any:
         config = self._samples.config
-        rows = config.global_batch // self._process_count
-        positions = grain.MapDataset.range(self._position, _END // config.global_batch * config.global_batch)
-        batches = positions.map(self._samples).batch(rows)[self._process_index :: self._process_count]
+        whole, rows = config.global_batch, self._rows
+        own = grain.MapDataset.range(self._position // whole * len(rows), _END // whole * len(rows))
+        batches = own.map(lambda i: int(i // len(rows) * whole + rows[i % len(rows)])).map(self._samples).batch(len(rows))
         options = grain.ReadOptions(
             num_threads=config.num_threads, prefetch_buffer_size=max(config.prefetch, config.num_threads) if config.num_threads else 0
         )
@@ -341,13 +340,17 @@ def make_loader(
     process_index: int = 0,
     process_count: int = 1,
     start_position: int = 0,
+    rows: np.ndarray | None = None,
 ) -> BatchIterator:
     """The batches of one process, from global position `start_position` (a multiple of the global batch) on.
 
+    A process has part `process_index` of `process_count` equal parts of every global batch, or these `rows` of it.
     Raises `DataError` where the global batch does not divide among the processes, or the source does not have what `config` asks for.
     """
     if not 0 <= process_index < process_count:
         raise DataError(f"process_index must be at least 0 and below the {process_count} processes, got {process_index}")
     if config.global_batch % process_count:
         raise DataError(f"global_batch must be a multiple of the {process_count} processes, got {config.global_batch}")
-    return BatchIterator(_Samples(source, config, tokenizers), process_index, process_count, start_position)
+    size = config.global_batch // process_count
+    own = np.arange(process_index * size, (process_index + 1) * size) if rows is None else np.asarray(rows)
+    return BatchIterator(_Samples(source, config, tokenizers), own, start_position)

@@ -60,16 +60,12 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def batch_share(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """(index, count): this process feeds part `index` of `count` equal parts of a batch of `rows`.
+def batch_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """Which of the `rows` rows of a batch this process feeds, [n] in rising order: those of its devices.
 
-    Processes that differ only along `tensor` feed the same part. Raises ValueError where a process would need rows that
-    are not one part, because the mesh mixes the processes' devices.
+    They need not lie side by side: where a mesh follows the wires of a torus, the devices of one host lie apart along an axis.
+    Processes that differ only along `tensor` feed the same rows.
     """
     places = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
     spans = sorted({place[0].indices(rows)[:2] for place in places if place is not None})
-    first, last = spans[0][0], spans[-1][1]
-    size = sum(end - start for start, end in spans)
-    if size != last - first or rows % size or first % size:
-        raise ValueError(f"the mesh gives process {jax.process_index()} the rows {spans} of a batch of {rows}, which are not one part of it")
-    return first // size, rows // size
+    return np.concatenate([np.arange(*span) for span in spans])

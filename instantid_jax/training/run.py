@@ -15,7 +15,7 @@ from instantid_jax.data.loader import BatchIterator, LoaderConfig, make_loader
 from instantid_jax.data.record import DataError
 from instantid_jax.data.sources import RecordSource, open_source
 from instantid_jax.parallel.distributed import is_main, stacked, synchronize, to_host
-from instantid_jax.parallel.mesh import batch_sharding, batch_share, make_mesh
+from instantid_jax.parallel.mesh import batch_rows, batch_sharding, make_mesh
 from instantid_jax.paths import Tree, flatten, unflatten
 from instantid_jax.training.config import TrainConfig
 from instantid_jax.training.program import Program
@@ -49,7 +49,7 @@ class Run:
         self.mesh = make_mesh(**dataclasses.asdict(config.mesh))
         self.program = program or Program(config, self.mesh)
         self.networks, self.objective = self.program.networks, self.program.objective
-        self.share = batch_share(self.mesh, config.loader.global_batch)
+        self.own_rows = batch_rows(self.mesh, config.loader.global_batch)
         self.source = source or open_source(config.data, config.data_split)
         _check_embeddings(config, self.source)
         if validation is None and (config.validation.every is not None or config.validation.samples_every is not None):
@@ -65,7 +65,7 @@ class Run:
         self._frozen: Tree | None = None
 
     def _loader(self, source: RecordSource, config: LoaderConfig) -> BatchIterator:
-        return make_loader(source, config, self.tokenizers, *self.share)
+        return make_loader(source, config, self.tokenizers, rows=self.own_rows)
 
     @property
     def state(self) -> TrainState:
@@ -108,14 +108,22 @@ class Run:
     def global_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows as part of arrays over all devices."""
         sharding, rows = batch_sharding(self.mesh), self.config.loader.global_batch
-        used = {name: batch[name] for name in USED if name in batch}
-        return {name: jax.make_array_from_process_local_data(sharding, x, (rows, *x.shape[1:])) for name, x in used.items()}
+
+        def one(x: np.ndarray) -> jax.Array:
+            def part(place: Any) -> np.ndarray:
+                start, stop, _ = place[0].indices(rows)
+                first = int(np.searchsorted(self.own_rows, start))
+                return x[first : first + stop - start]
+
+            return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, part)
+
+        return {name: one(batch[name]) for name in USED if name in batch}
 
     def rows(self, parts: np.ndarray) -> np.ndarray:
-        """Every process's rows [processes, b/count] in the order of the global batch [b]."""
-        places = stacked(np.asarray(self.share[0], np.int32)).reshape(-1)
-        _, first = np.unique(places, return_index=True)  # processes that differ only along `tensor` have the same rows
-        return np.concatenate([parts[i] for i in first])
+        """Every process's rows [processes, n] in the order of the global batch [b]."""
+        whole = np.empty(self.config.loader.global_batch, parts.dtype)
+        whole[stacked(self.own_rows.astype(np.int32))] = parts  # processes that differ only along `tensor` have the same rows
+        return whole
 
     def weights(self) -> Tree:
         """Trained (their moving average, where there is one) and frozen parameters together."""

@@ -84,6 +84,15 @@ def test_processes_share_one_global_order(mixed, count):
 
 
 @pytest.mark.parametrize("threads", [0, 3])
+def test_a_process_may_have_rows_that_lie_apart(mixed, threads):
+    config, rows = dataclasses.replace(CONFIG, num_threads=threads), np.asarray([1, 2, 6])
+    loader = make_loader(mixed, config, tokenizers(), start_position=16, rows=rows)
+    for batch in take(mixed, CONFIG, 5)[2:]:
+        assert equal(next(loader), {k: v[rows] for k, v in batch.items()})
+    loader.close()
+
+
+@pytest.mark.parametrize("threads", [0, 3])
 def test_a_restart_goes_on_where_it_stopped(mixed, threads):
     config = dataclasses.replace(CONFIG, num_threads=threads)
     whole = take(mixed, CONFIG, 12)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from instantid_jax.parallel.distributed import MissingProcess, agreed, is_main, join, leave, put_whole, stacked, synchronize, to_host
-from instantid_jax.parallel.mesh import batch_sharding, batch_share, make_mesh
+from instantid_jax.parallel.mesh import batch_rows, batch_sharding, make_mesh
 
 
 def refused(**shape):
@@ -32,7 +32,7 @@ def main(out, absent, timeout=300.0):
         "main": is_main(),
         "mesh": dict(mesh.shape),
         "along_data": [{d.process_index for d in row.flat} == {i} for i, row in enumerate(mesh.devices)],
-        "share": batch_share(mesh, len(rows)),
+        "fed_rows": batch_rows(mesh, len(rows)).tolist(),
         "own_rows": sorted(int(x) for shard in array.addressable_shards for x in shard.data),
         "rows": to_host(array).tolist(),
         "agreed": [agreed(process == 1), agreed(False)],

@@ -26,7 +26,7 @@ def test_four_processes_meet_and_name_those_who_do_not_come(tmp_path):
     assert [t["process"] for t in told] == [0, 1, 2, 3] and [t["main"] for t in told] == [True, False, False, False]
     for i, t in enumerate(told):
         assert t["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1} and all(t["along_data"])
-        assert t["share"] == [i, 4] and t["own_rows"] == list(range(4 * i, 4 * i + 4)) and t["rows"] == list(range(16))
+        assert t["fed_rows"] == t["own_rows"] == list(range(4 * i, 4 * i + 4)) and t["rows"] == list(range(16))
         assert t["agreed"] == [True, False] and t["stacked"] == [[0], [1], [2], [3]]
         assert "mesh.dcn_data is 2, but there are 1 slices of 8 devices and 4 processes of 2 devices" in t["refused"]
     for i in (0, 2):

@@ -33,9 +33,11 @@ class Told:
     @property
     def order(self):
         """The records of every global batch, put together of the processes' parts."""
-        by_share = {tuple(told["share"]): told["order"] for told in self.processes}
-        parts = [by_share[share] for share in sorted(by_share)]
-        return [[index for row in rows for index in row] for rows in zip(*parts, strict=True)]
+        steps = [np.full(24, -1) for _ in self.processes[0]["order"]]
+        for told in self.processes:
+            for step, rows in zip(steps, told["order"], strict=True):
+                step[told["rows"]] = rows
+        return [[int(index) for index in step if index >= 0] for step in steps]
 
     def alike(self, other, *, rtol=2e-6):
         """Losses and gradient norms to float32 rounding, the final state to what rounding becomes in some steps."""
@@ -103,14 +105,14 @@ def test_a_run_goes_on_upon_another_mesh(first, second, one, weights, tmp_path):
     after.alike(one)
 
 
-def several(count, out, weights, mesh, steps=4):
-    launched.finish(*(start(out, weights, mesh, 2, steps, place, bad=[5]) for place in launched.places(count)))
+def several(count, out, weights, mesh, steps=4, **about):
+    launched.finish(*(start(out, weights, mesh, 2, steps, place, bad=[5], **about) for place in launched.places(count)))
     return Told(out)
 
 
 def test_two_processes_are_one_and_one_goes_on_with_what_two_saved(one, weights, tmp_path):
     two = several(2, tmp_path / "two", weights, (1, 2, 1, 2))  # each process is a slice
-    assert len(two.processes) == 2 and [tuple(told["share"]) for told in two.processes] == [(0, 2), (1, 2)]
+    assert len(two.processes) == 2 and [told["rows"] for told in two.processes] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert two.order == one.order
     assert [row["samples"] for row in two.bad] == [[5]]
     two.alike(one)
@@ -135,7 +137,7 @@ def test_two_processes_go_on_with_what_one_saved(one, weights, tmp_path):
 @pytest.mark.slow
 def test_four_processes_are_one_and_two_go_on_with_what_four_saved(one, weights, tmp_path):
     four = several(4, tmp_path / "four", weights, (1, 2, 1, 4))
-    assert [tuple(told["share"]) for told in four.processes] == [(i, 4) for i in range(4)]
+    assert [told["rows"] for told in four.processes] == [[2 * i, 2 * i + 1] for i in range(4)]
     assert four.order == one.order
     four.alike(one)
     shutil.rmtree(tmp_path / "four" / "checkpoints" / "4")
@@ -144,3 +146,12 @@ def test_four_processes_are_one_and_two_go_on_with_what_four_saved(one, weights,
     again = several(2, tmp_path / "four", weights, (1, 2, 2))
     assert again.order == one.order[2:]
     again.alike(one)
+
+
+@pytest.mark.slow
+def test_a_process_may_feed_rows_that_lie_apart(one, weights, tmp_path):
+    two = several(2, tmp_path / "two", weights, (1, 4, 1), mixed_up=True)
+    assert [told["rows"] for told in two.processes] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert two.order == one.order
+    assert [row["samples"] for row in two.bad] == [[5]]
+    two.alike(one)

@@ -25,13 +25,17 @@ jax.config.update("jax_default_matmul_precision", "highest")
 rules.SMALL = 2
 
 
-def main(out, weights, mesh_shape, steps, part="quick", bad=(), joined=False):
+def main(out, weights, mesh_shape, steps, part="quick", bad=(), joined=False, mixed_up=False):
     if joined:
         join()
     process = jax.process_index()
     if tuple(mesh_shape) == (1, 1, 1):  # one of several devices
         one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), mesh.AXES)
         run_module.make_mesh = lambda **_: one
+    if mixed_up:  # the devices of a process lie apart, as on a torus
+        order = sorted(jax.devices(), key=lambda device: (device.id % 2048, device.process_index))
+        plain_mesh = run_module.make_mesh
+        run_module.make_mesh = lambda **shape: jax.sharding.Mesh(np.array(order).reshape(plain_mesh(**shape).devices.shape), mesh.AXES)
     axes = zip(("data", "fsdp", "tensor", "dcn_data"), mesh_shape, strict=False)
     fields = {f"mesh__{axis}": size for axis, size in axes} | {"steps": steps, "optimizer__eps": 1e-3}
     records = [small.record(i) for i in range(24)]
@@ -47,7 +51,12 @@ def main(out, weights, mesh_shape, steps, part="quick", bad=(), joined=False):
     run.global_batch = noting
     status = train(run)
     leaves = jax.tree.leaves(run.program.abstract_state.parameters)
-    told = {"status": status, "order": order, "share": run.share, "split": sum(not x.sharding.is_fully_replicated for x in leaves) / len(leaves)}
+    told = {
+        "status": status,
+        "order": order,
+        "rows": run.own_rows.tolist(),
+        "split": sum(not x.sharding.is_fully_replicated for x in leaves) / len(leaves),
+    }
     (run.out / f"told-{process}.json").write_text(json.dumps(told))
     state = to_host(run.state)
     if process == 0:

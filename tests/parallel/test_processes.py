@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 from instantid_jax.parallel import mesh as module
 from instantid_jax.parallel.distributed import agreed, join, leave, put_whole, stacked, synchronize, to_host
 from instantid_jax.parallel.environment import place_of
-from instantid_jax.parallel.mesh import abstract_mesh, batch_share, make_mesh
+from instantid_jax.parallel.mesh import abstract_mesh, batch_rows, make_mesh
 
 
 def test_alone_everything_is_trivial():
@@ -18,7 +18,7 @@ def test_alone_everything_is_trivial():
     assert agreed(True) and not agreed(False)
     assert np.array_equal(stacked(np.arange(3)), [[0, 1, 2]])
     assert np.array_equal(to_host({"x": jax.numpy.ones(2)})["x"], [1, 1])
-    assert batch_share(make_mesh(1, 1, jax.device_count()), 8) == (0, 1)
+    assert batch_rows(make_mesh(1, 1, jax.device_count()), 8).tolist() == list(range(8))
     assert leave(3) == 3  # and is still here
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     assert np.array_equal(put_whole(np.arange(3), place), [0, 1, 2])
@@ -37,19 +37,18 @@ def spans(monkeypatch, *rows):
 
 
 @pytest.mark.parametrize(
-    ("rows", "share"),
-    [([(0, 2), (2, 4)], (0, 2)), ([(4, 6), (6, 8)], (1, 2)), ([(2, 4), (2, 4)], (1, 4)), ([(None, None)], (0, 1))],
+    ("spanned", "fed"),
+    [
+        ([(0, 2), (2, 4)], [0, 1, 2, 3]),
+        ([(4, 6), (6, 8)], [4, 5, 6, 7]),
+        ([(2, 4), (2, 4)], [2, 3]),
+        ([(4, 6), (0, 2)], [0, 1, 4, 5]),
+        ([(None, None)], list(range(8))),
+    ],
 )
-def test_a_process_feeds_one_part(monkeypatch, rows, share):
-    spans(monkeypatch, *rows)
-    assert batch_share(make_mesh(1, 1, jax.device_count()), 8) == share
-
-
-@pytest.mark.parametrize("rows", [[(0, 2), (4, 6)], [(1, 3)], [(0, 3)]])
-def test_rows_that_are_no_part_are_refused(monkeypatch, rows):
-    spans(monkeypatch, *rows)
-    with pytest.raises(ValueError, match="which are not one part of it"):
-        batch_share(make_mesh(1, 1, jax.device_count()), 8)
+def test_a_process_feeds_the_rows_of_its_devices(monkeypatch, spanned, fed):
+    spans(monkeypatch, *spanned)
+    assert batch_rows(make_mesh(1, 1, jax.device_count()), 8).tolist() == fed
 
 
 def test_a_mesh_may_be_planned_without_devices():
