@@ -73,9 +73,8 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:
-        with temporary.open("wb") as file:
-            image.save(file, format="PNG", pnginfo=info, compress_level=6)
-            file.flush()
+        image.save(temporary, format="PNG", pnginfo=info, compress_level=6)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
