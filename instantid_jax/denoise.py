@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from instantid_jax.diffusion import Plan, Sampler
+from instantid_jax.lora import apply_loras
 from instantid_jax.models import Network
 from instantid_jax.models.encoder import AddedConditions
 from instantid_jax.models.tiling import Tiling, decode_tiled
@@ -32,6 +33,8 @@ from instantid_jax.prediction import Fixed, MaskOfSize, Pace, Predictor, Shortcu
 __all__ = ["Conditions", "Denoiser", "Inputs", "control_masks", "decode", "denoise", "encode_identity", "encode_text", "initial_noise", "watching"]
 
 Parameters = dict[str, Any]
+Loras = tuple[Any, ...]
+"""What `lora.apply_loras` takes."""
 
 
 class Denoiser(NamedTuple):
@@ -79,9 +82,9 @@ class Inputs(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("network",))
-def encode_text(network: Network, parameters: Parameters, ids: Array) -> Any:
+def encode_text(network: Network, parameters: Parameters, ids: Array, loras: Loras = ()) -> Any:
     """Hidden states of every layer [l, b, n, c] and the pooled state [b, p] of token ids [b, n]."""
-    return network.bind(parameters)(ids)
+    return network.bind(apply_loras(parameters, loras))(ids)
 
 
 @functools.partial(jax.jit, static_argnames=("network",))
@@ -195,11 +198,12 @@ def denoise(
 ) -> Array:
     """Latents of pictures from noise [b, h, w, c] that is already at the plan's first noise level, and that is used up.
 
-    `parameters` holds the weights under "unet", "adapter", "identitynet" and "controlnets" (a tuple). With `guided` the
-    conditions are twice as long as the latents (`Conditions`). With `watched` the running program reports each model call
-    to the listener that `watching` has set. With `shortcuts` it leaves work out as `pace` says (`prediction`).
+    `parameters` holds the weights under "unet", "adapter", "identitynet" and "controlnets" (a tuple), and under "loras" what
+    `lora.apply_loras` adds to the UNet's. With `guided` the conditions are twice as long as the latents (`Conditions`). With
+    `watched` the running program reports each model call to the listener that `watching` has set. With `shortcuts` it leaves
+    work out as `pace` says (`prediction`).
     """
-    unet = denoiser.unet.bind(parameters["unet"])
+    unet = denoiser.unet.bind(apply_loras(parameters["unet"], parameters.get("loras", ())))
     nets = [denoiser.identitynet.bind(parameters["identitynet"])]
     nets += [n.bind(p) for n, p in zip(denoiser.controlnets, parameters.get("controlnets", ()), strict=True)]
     adapter = denoiser.adapter.bind(parameters["adapter"])

@@ -26,6 +26,7 @@ from instantid_jax.config import ComputeConfig, IdentityNetConfig, ModelConfig, 
 from instantid_jax.denoise import Conditions, Denoiser, Inputs
 from instantid_jax.diffusion import control_window, make_sampler
 from instantid_jax.foreign import CALL, LOADING, METHODS, refusal
+from instantid_jax.lora import LORA_NETWORKS, Lora, check_scales, in_order, merge_lora, stack_lora
 from instantid_jax.models import FROZEN, TRAINABLE, Network, build_networks
 from instantid_jax.models.encoder import AddedConditions
 from instantid_jax.models.identitynet import IdentityNet
@@ -86,6 +87,8 @@ class InstantIDPipeline:
         self.ip_adapter_scale = 0.5
         places = {leaf.sharding for leaf in jax.tree.leaves(parameters) if isinstance(leaf, jax.Array)}
         self.mesh = next((place.mesh for place in places if isinstance(place, NamedSharding)), None)
+        self._loras: list[tuple[Lora, dict[str, Any]]] = []
+        self.lora_scales: list[float] = []
         missing = [name for name in NETWORKS if name not in parameters]
         if missing:
             raise PipelineError(f"the model lacks the weights of {', '.join(missing)}")
@@ -100,6 +103,8 @@ class InstantIDPipeline:
         controlnets: Sequence[str | Path] = (),
         attention: str = "auto",
         weights_dtype: str | None = None,
+        loras: Sequence[Lora] = (),
+        lora_scales: Sequence[float] = (),
         **foreign: Any,
     ) -> InstantIDPipeline:
         """Loads what ``python -m convert_weights import`` wrote.
@@ -107,7 +112,9 @@ class InstantIDPipeline:
         `dtype` is that of weights and arithmetic: "float32", "bfloat16" or "float16". `weights_dtype` "int8" holds the kernels
         of UNet, IdentityNet and other ControlNets in 8 bits (docs/speed.md); arithmetic stays in `dtype`. With a `mesh` the weights are
         spread over its devices, and the pictures of a call where they divide evenly; of several processes all make the same
-        calls, and all get all pictures. `controlnets` are folders that ``import --controlnet`` wrote.
+        calls, and all get all pictures. `controlnets` are folders that ``import --controlnet`` wrote. `loras`
+        (`convert_weights.lora.read_lora`) are merged into the weights for good, at strengths of 1 where `lora_scales` says
+        nothing; `set_loras` keeps them apart.
         """
         _refuse(cls.from_pretrained, foreign, LOADING, "from_pretrained")
         directory, compute = Path(directory), ComputeConfig(dtype=dtype, attention=attention)
@@ -117,7 +124,8 @@ class InstantIDPipeline:
         config, folders = read_config(directory), [Path(folder) for folder in controlnets]
         extra = [Network(IdentityNet, read_controlnet_config(folder), compute, int8) for folder in folders]
         networks = _with_int8(build_networks(config, compute), int8)
-        parameters = {name: _load(directory / name, networks[name], name, dtype, mesh) for name in NETWORKS}
+        merged = list(loras), check_scales(loras, lora_scales)
+        parameters = {name: _load(directory / name, networks[name], name, dtype, mesh, *merged) for name in NETWORKS}
         loaded = [(n, _load(folder / "controlnet", n, "controlnet", dtype, mesh)) for n, folder in zip(extra, folders, strict=True)]
         tokenizers = (Tokenizer.from_directory(directory / "tokenizer"), Tokenizer.from_directory(directory / "tokenizer_2"))
         return cls(config, parameters, tokenizers, compute=compute, controlnets=loaded, int8=int8)
@@ -132,6 +140,29 @@ class InstantIDPipeline:
     def set_ip_adapter_scale(self, scale: float) -> None:
         """Strength of the image adapter in calls that do not give `ip_adapter_scale` (0.5 after loading, as published)."""
         self.ip_adapter_scale = float(scale)
+
+    def set_loras(self, loras: Sequence[Lora], scales: Sequence[float] = ()) -> None:
+        """LoRAs beside the weights from the next call on, in the place of earlier ones; none takes them away.
+
+        Another choice of LoRAs compiles anew, other strengths (`set_lora_scales`) do not. Each call makes the changed weights
+        for itself: their memory is needed twice while it runs. Raises `LoraError` for a LoRA of another model.
+        """
+        if loras and self.networks["unet"].int8:
+            raise PipelineError("LoRAs cannot be kept apart from weights in 8 bits; give them to from_pretrained, which merges them first")
+        abstract = {name: self.networks[name].abstract for name in LORA_NETWORKS}
+        stacks = [{name: jax.device_put(stack_lora(factors, abstract[name])) for name, factors in lora.networks.items()} for lora in loras]
+        self.lora_scales = check_scales(loras, scales)
+        self._loras = list(zip(loras, stacks, strict=True))
+
+    def set_lora_scales(self, scales: Sequence[float]) -> None:
+        """Other strengths of the LoRAs that `set_loras` took, in its order. Raises `LoraError` for another number of them."""
+        self.lora_scales = check_scales([lora for lora, _ in self._loras], scales)
+
+    def _apart(self, network: str) -> tuple[Any, ...]:
+        """What `lora.apply_loras` adds to a network."""
+        order = in_order([lora for lora, _ in self._loras], self.lora_scales)
+        stacks = {id(lora): stack for lora, stack in self._loras}
+        return tuple((stacks[id(lora)][network], jnp.float32(scale)) for lora, scale in order if network in lora.networks)
 
     def num_calls(self, sampler: str, num_inference_steps: int) -> int:
         """Model calls that so many steps take: the same number, but for Heun about twice as many."""
@@ -166,7 +197,7 @@ class InstantIDPipeline:
 
     def _encoded(self, tower: str, ids: np.ndarray) -> Any:
         """States of one text tower, on this process's devices."""
-        return _near(programs.encode_text(self.networks[tower], self.parameters[tower], ids))
+        return _near(programs.encode_text(self.networks[tower], self.parameters[tower], ids, self._apart(tower)))
 
     def _encode_weighted(self, request: Request) -> TextConditions:
         """The long-prompt path of the published full pipeline: weights, BREAK, any length; padding is masked out."""
@@ -289,7 +320,7 @@ class InstantIDPipeline:
         """The networks of every denoising step, and their weights."""
         nets, weights = tuple(n for n, _ in self.controlnets), {k: self.parameters[k] for k in ("unet", "adapter", "identitynet")}
         denoiser = Denoiser(self.networks["unet"], self.networks["adapter"], self.networks["identitynet"], nets)
-        return denoiser, weights | {"controlnets": tuple(p for _, p in self.controlnets)}
+        return denoiser, weights | {"controlnets": tuple(p for _, p in self.controlnets), "loras": self._apart("unet")}
 
     def prepare(
         self,
@@ -438,10 +469,13 @@ def _with_int8(networks: dict[str, Network], int8: bool) -> dict[str, Network]:
     return networks | {name: dataclasses.replace(networks[name], int8=int8) for name in ("unet", "identitynet")}
 
 
-def _load(directory: Path, network: Network, name: str, dtype: str, mesh: jax.sharding.Mesh | None) -> Any:
+def _load(
+    directory: Path, network: Network, name: str, dtype: str, mesh: jax.sharding.Mesh | None, loras: Sequence[Lora] = (), scales: Sequence[float] = ()
+) -> Any:
     """One network's weights on the devices: everywhere without a mesh, spread over it by the sharding rules with one."""
     # 8-bit kernels are rounded from what is stored, not from what that is cast to.
-    tree = network.from_disk(load_weights(directory, dtype=None if network.int8 else dtype), name)
+    stored = load_weights(directory, dtype=None if network.int8 else dtype)
+    tree = network.from_disk(merge_lora(stored, name, loras, scales), name)
     if mesh is None:
         return jax.device_put(tree)
     return jax.tree.map(put_whole, tree, shardings(network.abstract, mesh))
