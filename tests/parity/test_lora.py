@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils import convert_state_dict_to_diffusers
 from lora_files import ALL, stem, write_lora
 from oracle import error, nhwc
+from peft import LoraConfig, get_peft_model_state_dict
 from test_whole_pipeline import GUIDANCE, NEGATIVE, PROMPT, Reference
 from test_whole_pipeline import STRENGTHS as NETS
 
@@ -158,3 +161,24 @@ def test_every_kernel_of_sdxl_is_known_in_every_style() -> None:
             for style in ("kohya", "peft", "diffusers", "original") if blocks else ("kohya", "peft", "diffusers"):
                 site = spellings[stem(network, path, style)]
                 assert (site.network, site.path) == (network, path)
+
+
+def test_alphas_in_what_diffusers_saves(converted: Path, config: ModelConfig, golden_snapshot: Path, tmp_path: Path) -> None:
+    """A LoRA as diffusers' training scripts write it, with its alphas in the metadata."""
+    unet = Reference(golden_snapshot).unet
+    torch.manual_seed(0)
+    options = {"r": 4, "lora_alpha": 6, "use_rslora": True, "alpha_pattern": {"attn2.to_v": 3}, "init_lora_weights": False}
+    unet.add_adapter(LoraConfig(target_modules=["to_q", "to_v", "to_out.0", "conv1", "ff.net.0.proj"], **options))  # type: ignore[arg-type]
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    said = _collate_lora_metadata({"unet": unet})
+    StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers, **said)
+    lora = read_lora(tmp_path / "pytorch_lora_weights.safetensors", config)
+    unet.fuse_lora()
+    theirs = published(unet)
+    scales = set()
+    for path, x in ours_merged(converted, "unet", [lora], ()).items():
+        if path in lora.networks["unet"]:
+            name, mine = as_published(path, x)
+            assert error(mine, theirs[name]) <= WEIGHTS, name
+            scales.add(lora.networks["unet"][path].scale)
+    assert scales == {3.0, 1.5} and len(lora.networks["unet"]) > 40
