@@ -19,6 +19,7 @@ from pathlib import Path
 import tyro
 from jax.errors import JaxRuntimeError
 
+from convert_weights.lora import read_loras
 from instantid_jax.demo import count_people, draw_people, save_sheet
 from instantid_jax.face import FaceError, load_analyzer
 from instantid_jax.jobs import run_jobs
@@ -29,13 +30,13 @@ from instantid_jax.pipeline import check_call
 from instantid_jax.progress import CompileSeconds, StepBar
 from instantid_jax.references import check_files, read_identity
 from instantid_jax.request import in_options
-from instantid_jax.sample_options import SampleOptions
+from instantid_jax.sample_options import SampleOptions, gathered
 from instantid_jax.sampling import conditions_of, inputs_of, model_config, open_pipeline, plan_table, settings_of
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = tyro.cli(SampleOptions, args=arguments, description=__doc__)
+    options = tyro.cli(SampleOptions, args=gathered(arguments), description=__doc__)
     warnings.showwarning = lambda message, *_: print(f"sample.py: {in_options(str(message))}", file=sys.stderr)
     try:
         if options.aot is not None:
@@ -68,6 +69,7 @@ def run(given: SampleOptions) -> list[Path]:
     check_files([*s.face, *s.control_image, *filter(None, (s.pose, s.control_mask))])
     check_folder(s.out)
     config = model_config(s)
+    loras = read_loras(s.lora, config, s.allow_unknown_lora_keys)
     with wrong_options():
         request = check_call(config, nets=1 + len(s.controlnet), **call)
     analyzer = functools.cache(lambda: load_analyzer(s.analyzer or config.face_analyzer, s.analyzer_root))
@@ -80,8 +82,8 @@ def run(given: SampleOptions) -> list[Path]:
     else:
         identity = read_identity(s.face, analyzer, config.resampler.embedding_dim, s.face_index)
         call |= conditions_of(s, config.keypoint_scale, pose or identity) | {"image_embeds": identity.embedding}
-    pipe = open_pipeline(s)
-    settings = settings_of(s)
+    pipe = open_pipeline(s, loras)
+    settings = settings_of(s, loras=loras)
     began = time.perf_counter()
     with StepBar(request.plan.num_calls * (count_people() if s.is_demo else 1)) as bar, CompileSeconds() as compiling:
         if identity is None:

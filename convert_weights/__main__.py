@@ -40,6 +40,12 @@ class Import:
     """Which of several weight files to take, such as fp16; by default the plain ones, or the only ones there."""
     base_fallback: Path | None = None
     """With a single-file --base: an SDXL folder for its configuration and tokenizers, and for what the file lacks (VAE, text encoders)."""
+    unet: Path | None = None
+    """A UNet in the place of the base's, such as SDXL-Lightning's: a safetensors file, or a folder in diffusers' layout."""
+    prediction: Literal["epsilon", "v_prediction"] | None = None
+    """What the UNet predicts, where the files do not say it (single files mark it with a tensor named v_pred)."""
+    zero_snr: bool = False
+    """The UNet was trained down to pure noise (zero terminal SNR; single files mark it with a tensor named ztsnr)."""
     tokens: int = 16
     """Identity tokens that the adapter must make."""
     overwrite: bool = False
@@ -49,13 +55,15 @@ class Import:
         """Converts and prints what became of each network."""
         start = time.monotonic()
         if self.controlnet is not None:
-            if self.base is not None or self.instantid is not None:
+            if self.base is not None or self.instantid is not None or self.unet is not None:
                 raise OptionError("give either --controlnet, or --base and --instantid")
             snapshot = read_controlnet(self.controlnet, self.variant)
         elif self.base is None or self.instantid is None:
             raise OptionError("give --base and --instantid, or --controlnet alone")
         else:
-            snapshot = read_model(self.base, self.instantid, self.variant, self.base_fallback, self.tokens)
+            said = {"prediction_type": self.prediction, "rescale_betas_zero_snr": self.zero_snr or None}
+            scheduler = {name: value for name, value in said.items() if value is not None}
+            snapshot = read_model(self.base, self.instantid, self.variant, self.base_fallback, self.tokens, unet=self.unet, scheduler=scheduler)
         manifest = import_snapshot(snapshot, self.out, self.dtype, self.overwrite)
         _print([*inspection.summary(manifest), f"written to {self.out} in {time.monotonic() - start:.1f} s"])
         return 0

@@ -118,7 +118,7 @@ def _refuse_foreign(path: Path, found: Mapping[tuple[str, str], Mapping[str, Ten
         is_model = any(name.startswith(("model.diffusion_model.", "down_blocks.")) for name in unknown)
         what = f"; it holds {', '.join(kinds)}" if kinds else "; it holds a whole UNet" if is_model else ""
         first = f", such as {min(unknown)!r}" if unknown else ""
-        raise SourceError(f"{path}: this is no LoRA for SDXL: none of its {len(unknown)} names{first} is one of a LoRA's{what}")
+        raise SourceError(f"{path}: this is no LoRA for SDXL: not one of its {len(unknown)} names{first} is a LoRA's{what}")
     for key, parts in found.items():
         site = where[key]
         down = parts.get("down")
@@ -134,7 +134,7 @@ def _unknown(path: Path, unknown: Sequence[str], known: Sequence[str], allowed: 
     """Raises `SourceError`, or warns, with a list of the names that are not understood."""
     listed = [name + (names.reason(name) or ("" if allowed else _hint(name, known))) for name in sorted(unknown)[:_LISTED]]
     more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
-    text = f"{len(unknown)} names are not understood: {'; '.join(listed)}{more}"
+    text = f"names that are not understood ({len(unknown)}): {'; '.join(listed)}{more}"
     if not allowed:
         raise SourceError(f"{path}: {text}. Leave them out with --allow-unknown-lora-keys (allow_unknown=True)")
     warnings.warn(f"{path.name}: {text}; they are left out", stacklevel=3)

@@ -174,12 +174,23 @@ def _open_shards(index: Path) -> TensorFile:
     return TensorFile(tuple(f.files[0] for f in files.values()), {t: files[name].tensors[t] for t, name in names.items()})
 
 
-def read_model(base: Path, instant: Path, variant: str | None = None, fallback: Path | None = None, tokens: int = 16) -> Snapshot:
-    """SDXL and InstantID together. `fallback` is an SDXL folder for what a single file lacks.
+def read_model(
+    base: Path,
+    instant: Path,
+    variant: str | None = None,
+    fallback: Path | None = None,
+    tokens: int = 16,
+    *,
+    unet: Path | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+) -> Snapshot:
+    """SDXL and InstantID together.
 
+    `fallback` is an SDXL folder for what a single file lacks, `unet` a UNet in the place of the base's, and `scheduler` holds fields
+    of `SchedulerConfig` that count more than what the files say.
     Raises `SourceError`, `MappingError` or `ConfigError` for anything that is missing, damaged or of another kind.
     """
-    sources = [path for path in (base, instant, fallback) if path is not None]
+    sources = [path for path in (base, instant, fallback, unet) if path is not None]
     for path in sources:
         require_there(path)
     if base.is_file():
@@ -187,6 +198,15 @@ def read_model(base: Path, instant: Path, variant: str | None = None, fallback: 
     else:
         configs, published, notes = _base_configs(base), _published(base), []
         files, folder = {name: (open_component(base / name, variant), None) for name in BASE}, base
+    if unet is not None:
+        files["unet"] = _other_unet(unet, configs["unet"], variant)
+        notes.append(f"the UNet is {unet.name}'s, everything else of the base is {base.name}'s")
+    if scheduler:
+        configs["scheduler"] = dataclasses.replace(configs["scheduler"], **scheduler)
+        if configs["scheduler"].rescale_betas_zero_snr and configs["scheduler"].prediction_type == "epsilon":
+            raise SourceError("--zero-snr goes with --prediction v_prediction: epsilon says nothing about a picture that is pure noise")
+        said = ", ".join(f"{name} {value}" for name, value in scheduler.items())
+        notes.append(f"the scheduler is set as asked: {said}; `export --base` writes the base's own file")
     control = _first(instant, _CONTROLNETS, "the folder of the IdentityNet")
     adapter = open_tensors(_first(instant, _ADAPTERS, "the adapter file"))
     image_proj, ip_adapter = _adapter(adapter, configs["unet"].cross_attention_dim, tokens)
@@ -212,6 +232,20 @@ def read_model(base: Path, instant: Path, variant: str | None = None, fallback: 
     if problems:
         raise MappingError("\n".join(problems))
     return Snapshot(config, parts, published, {} if folder is None else _tokenizers(folder, config), notes, sources)
+
+
+def _other_unet(path: Path, config: UNetConfig, variant: str | None) -> tuple[TensorFile, Table | None]:
+    """A UNet of the base's shape: a folder of diffusers, or a file with diffusers' names or the original release's."""
+    if path.is_dir():
+        found = _published_config(path / "config.json", UNetConfig.from_published, "UNet2DConditionModel")
+        if found != config:
+            raise SourceError(f"{path / 'config.json'}: this UNet is not built as the base's; only one of the same shape can take its place")
+        return open_component(path, variant), None
+    file = open_tensors(path)
+    recognise.refuse_foreign_unet(file)
+    if any(name.startswith("input_blocks.") for name in file.tensors):
+        file = dataclasses.replace(file, tensors={single_file.UNET + name: tensor for name, tensor in file.tensors.items()})
+    return file, single_file.unet(config) if any(name.startswith(single_file.UNET) for name in file.tensors) else None
 
 
 def read_controlnet(folder: Path, variant: str | None = None) -> Snapshot:

@@ -81,14 +81,27 @@ def refuse_foreign_single_file(file: TensorFile) -> None:
         kind = "a Flux checkpoint"
     elif has("control_model."):
         kind = "a ControlNet"
-    elif has("lora_unet_", "lora_te"):
-        kind = "a LoRA"
+    elif is_lora(file):
+        kind = "a LoRA, which sample.py takes as --lora"
     elif first is not None and len(first.shape) == 4 and first.shape[1] in _CHANNELS:
         kind = f"{_CHANNELS[first.shape[1]]}, whose UNet takes {first.shape[1]} channels"
     elif first is None:
         kind = "no checkpoint with the names of the original SDXL release (model.diffusion_model.*)"
     if kind:
         raise SourceError(f"{file.where}: this is {kind}, not SDXL base or a model made from it")
+
+
+def is_lora(file: TensorFile) -> bool:
+    """Whether the names are a LoRA's."""
+    return any(name.startswith(("lora_unet_", "lora_te")) or ".lora" in name or "_lora." in name for name in file.tensors)
+
+
+def refuse_foreign_unet(file: TensorFile) -> None:
+    """Raises `SourceError` where a file that should be a UNet alone is a LoRA or holds more."""
+    if is_lora(file):
+        raise SourceError(f"{file.where}: this is a LoRA, not a UNet; sample.py takes it as --lora")
+    if any(name.startswith(("first_stage_model.", "conditioner.", "cond_stage_model.")) for name in file.tensors):
+        raise SourceError(f"{file.where}: this is a whole checkpoint, not a UNet alone; give it as --base")
 
 
 def refuse_foreign_config(base: Path, unet: dict[str, Any]) -> None:
@@ -113,7 +126,7 @@ def refuse_foreign_network(name: str, file: TensorFile) -> None:
     names = file.tensors
     if any(n.startswith("control_model.") for n in names):
         raise SourceError(f"{file.where}: this ControlNet has the original release's names; its diffusers version is needed")
-    if any(".lora" in n or n.startswith("lora_") for n in names):
+    if is_lora(file):
         raise SourceError(f"{file.where}: this is a LoRA, not the weights of {name}")
 
 

@@ -11,7 +11,7 @@ import tempfile
 import zlib
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +59,9 @@ def default_config() -> ModelConfig:
     return read_config(DEFAULT_WEIGHTS)
 
 
-def default_pipeline(dtype: str = "float32", weights_dtype: str | None = None) -> InstantIDPipeline:
-    """The shipped model; `dtype` and `weights_dtype` as in `from_pretrained`."""
-    return InstantIDPipeline.from_pretrained(DEFAULT_WEIGHTS, dtype=dtype, weights_dtype=weights_dtype)
+def default_pipeline(dtype: str = "float32", **options: Any) -> InstantIDPipeline:
+    """The shipped model; `dtype` is that of weights and arithmetic, `options` are others of `from_pretrained`."""
+    return InstantIDPipeline.from_pretrained(DEFAULT_WEIGHTS, dtype=dtype, **options)
 
 
 def people() -> list[Person]:

@@ -9,7 +9,8 @@ from instantid_jax.published import did_you_mean
 _TEXT = "give prompt and negative_prompt: texts are encoded here"
 _STEPS = "give num_inference_steps, sampler and sampler_options"
 _DEVICE = "the weights go to JAX's devices while they are loaded; spread them with from_pretrained(mesh=...)"
-_LORA = "merge the LoRA into the base model before `python -m convert_weights import`"
+_LORA = "give convert_weights.lora.read_lora(file, pipe.config) to set_loras, or to from_pretrained as loras, which merges it for good"
+_LORA_OFF = "set_loras([]) takes LoRAs away; weights with merged ones are loaded anew"
 _IMPORTED = "what `python -m convert_weights import --instantid DIR` writes has the adapter in it; its strength is ip_adapter_scale"
 
 CALL = {
@@ -54,6 +55,12 @@ METHODS = {
     "load_ip_adapter": _IMPORTED,
     "load_lora_weights": _LORA,
     "fuse_lora": _LORA,
+    "load_lora_adapter": _LORA,
+    "set_adapters": "set_lora_scales gives every LoRA of set_loras its strength, and compiles nothing",
+    "disable_lora": "set_lora_scales with strengths of 0, which compiles nothing",
+    "enable_lora": "set_lora_scales",
+    "unload_lora_weights": _LORA_OFF,
+    "unfuse_lora": _LORA_OFF,
     "to": _DEVICE,
     "cuda": _DEVICE,
     "enable_model_cpu_offload": _DEVICE,

@@ -24,7 +24,7 @@ from instantid_jax.sample_options import RUN_OPTIONS, SampleOptions
 
 __all__ = ["JobError", "Picture", "in_fields", "read_jobs"]
 
-COMMON = ("weights", "controlnet", "analyzer", "analyzer_root", "dtype")
+COMMON = ("weights", "weights_dtype", "lora", "lora_scale", "allow_unknown_lora_keys", "controlnet", "analyzer", "analyzer_root", "dtype")
 """Options that are the same for all jobs: on the command line alone."""
 
 _HINTS = {name: hint for name, hint in typing.get_type_hints(SampleOptions).items() if name not in (*RUN_OPTIONS, *COMMON, "num_images")}

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from instantid_jax.diffusion import PRESETS
 from instantid_jax.request import read_sampler_options
 
-__all__ = ["RUN_OPTIONS", "SampleOptions", "SamplerName"]
+__all__ = ["RUN_OPTIONS", "PresetName", "SampleOptions", "SamplerName", "gathered"]
 
-SamplerName = Literal["euler", "euler_a", "heun", "ddim", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "unipc", "lcm"]
+SamplerName = Literal["euler", "euler_a", "heun", "ddim", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "unipc", "lcm", "tcd"]
+PresetName = Literal["turbo", "lightning-2", "lightning-4", "lightning-8", "hyper-1", "hyper-8", "lcm"]
 
 _PUBLISHED: dict[str, Any] = {
     "prompt": "analog film photo of a person, highly detailed",
     "steps": 30,
+    "sampler": "euler",
     "guidance_scale": 5.0,
     "identitynet_scale": 0.8,
     "ip_adapter_scale": 0.8,
@@ -22,6 +27,7 @@ _PUBLISHED: dict[str, Any] = {
 _SMALL: dict[str, Any] = {
     "prompt": "photo of a person with short brown hair, smiling, blue background",
     "steps": 20,
+    "sampler": "euler",
     "guidance_scale": 3.0,
     "identitynet_scale": 1.0,
     "ip_adapter_scale": 1.0,
@@ -44,9 +50,10 @@ class SampleOptions:
     prompt_weighting: bool = False  # Read (word:1.2), [word] and BREAK in prompts, and prompts of any length.
     num_images: int = 1  # How many pictures; picture i has seed + i.
     seed: int = 0  # Seed of the first picture.
+    preset: PresetName | None = None  # Steps, sampler and guidance that a few-step model or LoRA is made for; what is given beside it counts first.
     steps: int | None = None  # Denoising steps; by default 30 (20 with the small model).
-    sampler: SamplerName = "euler"  # How to go from noise to a picture.
-    sampler_option: tuple[str, ...] = ()  # The sampler's own options as key=value: karras=true, eta=0.5, final_sigmas_type=sigma_min.
+    sampler: SamplerName | None = None  # How to go from noise to a picture; by default euler.
+    sampler_option: tuple[str, ...] = ()  # The sampler's own options as key=value: karras=true, eta=0.5, timestep_spacing=trailing.
     guidance_scale: float | None = None  # Classifier-free guidance, by default 5 (3 with the small model); 1 or less switches it off.
     guidance_rescale: float = 0.0  # Against over-saturation, 0 to 1.
     guidance_start: float = 0.0  # Fraction of the steps at which guidance begins; before it a step costs half.
@@ -60,6 +67,9 @@ class SampleOptions:
     cache_interval: int = 1  # Run the whole UNet at every so many steps, in between its outermost layers alone (DeepCache). 1 is exact.
     cache_branch_id: int = 0  # How many skip connections, less one, those layers have: more is nearer to exact, and slower.
     control_mask: Path | None = None  # Picture that is white where IdentityNet and the image adapter act, black where they do not.
+    lora: tuple[Path, ...] = ()  # LoRA files (kohya, diffusers, PEFT, LoCon, DoRA) for the UNet and the text towers, merged while loading.
+    lora_scale: tuple[float, ...] = ()  # One strength for each --lora; 1 by default.
+    allow_unknown_lora_keys: bool = False  # Leave out what is not understood in a LoRA file, with a list, instead of refusing it.
     controlnet: tuple[Path, ...] = ()  # Other ControlNets, folders that `python -m convert_weights import --controlnet` wrote.
     control_image: tuple[Path, ...] = ()  # One picture (depth, edges, ...) for each --controlnet.
     control_scale: tuple[float, ...] = ()  # One strength for each --controlnet; 1 by default.
@@ -89,8 +99,14 @@ class SampleOptions:
 
     def filled(self) -> SampleOptions:
         """With the defaults of the model that is used, where nothing was given."""
-        defaults = _SMALL if self.weights is None else _PUBLISHED
-        return dataclasses.replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+        defaults, options = _SMALL if self.weights is None else _PUBLISHED, self.sampler_option
+        if self.preset:
+            preset = PRESETS[self.preset]
+            defaults = defaults | {"steps": preset["num_inference_steps"]} | {name: preset[name] for name in ("sampler", "guidance_scale")}
+            if self.sampler in (None, preset["sampler"]):
+                options = (*(f"{name}={value}" for name, value in preset["sampler_options"].items()), *options)
+        given = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **given, sampler_option=options)
 
     def check(self) -> None:
         """Raises ValueError for options that do not go together."""
@@ -98,6 +114,10 @@ class SampleOptions:
             raise ValueError("--distributed goes with --jobs, whose pictures the processes share")
         if len(self.control_image) != len(self.controlnet) or len(self.control_scale) not in (0, len(self.controlnet)):
             raise ValueError("--control-image and --control-scale go with --controlnet: one of each for every ControlNet")
+        if self.lora and self.jobs is not None:
+            raise ValueError("--lora does not go with --jobs: their pictures are drawn with the weights as they are")
+        if len(self.lora_scale) not in (0, len(self.lora)):
+            raise ValueError(f"--lora-scale has {len(self.lora_scale)} strengths for {len(self.lora)} --lora files; give one for each, or none")
         if self.weights is None and self.controlnet:
             raise ValueError("--controlnet needs --weights: the small model has no other ControlNets")
         if not self.face and self.weights is not None:
@@ -115,3 +135,22 @@ class SampleOptions:
             "control_guidance_end": self.control_end,
             "controlnet_conditioning_scale": [self.identitynet_scale, *(self.control_scale or (1.0,) * len(self.controlnet))],
         }
+
+
+def gathered(arguments: Sequence[str] | None = None) -> list[str]:
+    """A command line (by default the process's) in which an option of several values that is given again adds to them."""
+    several = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(SampleOptions) if str(field.type).startswith("tuple")}
+    groups: list[list[str]] = [[]]
+    first: dict[str, list[str]] = {}
+    for argument in sys.argv[1:] if arguments is None else arguments:
+        name, equals, value = argument.partition("=")
+        name = name.replace("_", "-")
+        if name in first:
+            groups.append(first[name])
+            groups[-1] += [value] if equals else []
+        elif argument.startswith("--"):
+            groups.append([name, value] if name in several and equals else [argument])
+            first |= {name: groups[-1]} if name in several else {}
+        else:
+            groups[-1].append(argument)
+    return [argument for group in {id(group): group for group in groups}.values() for argument in group]

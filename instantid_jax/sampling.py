@@ -12,6 +12,7 @@ from instantid_jax import __version__
 from instantid_jax.config import ComputeConfig, ModelConfig, sdxl
 from instantid_jax.defaults import DEFAULT_WEIGHTS, NOTICE, default_config, default_pipeline, framed
 from instantid_jax.face import Identity, load_photo
+from instantid_jax.lora import Lora
 from instantid_jax.output import weights_digest
 from instantid_jax.pipeline import InstantIDPipeline, read_config
 from instantid_jax.references import keypoint_picture, read_mask
@@ -28,12 +29,13 @@ def model_config(s: SampleOptions) -> ModelConfig:
     return default_config() if s.weights is None else read_config(s.weights)
 
 
-def open_pipeline(s: SampleOptions) -> InstantIDPipeline:
-    """The pipeline that the options name."""
+def open_pipeline(s: SampleOptions, loras: Sequence[Lora] = ()) -> InstantIDPipeline:
+    """The pipeline that the options name, with `loras` merged into its weights."""
+    options: dict[str, Any] = {"dtype": s.dtype, "weights_dtype": s.weights_dtype, "loras": loras, "lora_scales": s.lora_scale}
     if s.weights is None:
         print(NOTICE, file=sys.stderr)
-        return default_pipeline(dtype=s.dtype, weights_dtype=s.weights_dtype)
-    return InstantIDPipeline.from_pretrained(s.weights, dtype=s.dtype, controlnets=s.controlnet, weights_dtype=s.weights_dtype)
+        return default_pipeline(**options)
+    return InstantIDPipeline.from_pretrained(s.weights, controlnets=s.controlnet, **options)
 
 
 def plan_table(s: SampleOptions) -> str:
@@ -47,10 +49,11 @@ def plan_table(s: SampleOptions) -> str:
     return tell(Plan(s.aot or "", "sample", config, ComputeConfig(dtype=s.dtype), batch=batch, steps=s.steps or 30, size=size))
 
 
-def settings_of(s: SampleOptions, digest: dict[str, str] | None = None) -> dict[str, Any]:
+def settings_of(s: SampleOptions, digest: dict[str, str] | None = None, loras: Sequence[Lora] = ()) -> dict[str, Any]:
     """What a picture keeps of its options; `digest` is the weights' where it is known already."""
     about = {"model": "the small model" if s.weights is None else s.weights.resolve().name, "version": f"instantid_jax {__version__}"}
     about |= weights_digest(s.weights or DEFAULT_WEIGHTS) if digest is None else digest
+    about |= {"lora_sha256": [lora.digest for lora in loras]} if loras else {}
     return {name: value for name, value in asdict(s).items() if name not in ELSEWHERE} | about
 
 

@@ -2,7 +2,19 @@
 
 from instantid_jax.diffusion.guidance import classifier_free, control_window, rescale
 from instantid_jax.diffusion.plan import Plan, Sampler
+from instantid_jax.diffusion.presets import PRESETS
 from instantid_jax.diffusion.samplers import SAMPLERS, make_sampler
 from instantid_jax.diffusion.schedule import SamplerError, alphas_cumprod
 
-__all__ = ["SAMPLERS", "Plan", "Sampler", "SamplerError", "alphas_cumprod", "classifier_free", "control_window", "make_sampler", "rescale"]
+__all__ = [
+    "PRESETS",
+    "SAMPLERS",
+    "Plan",
+    "Sampler",
+    "SamplerError",
+    "alphas_cumprod",
+    "classifier_free",
+    "control_window",
+    "make_sampler",
+    "rescale",
+]

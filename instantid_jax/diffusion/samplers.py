@@ -13,6 +13,8 @@ from noise level s_i to s_{i+1}; Euler and Heun hold the variance exploding samp
                             v = eta (sigma' / sigma) sqrt(1 - alpha^2 / alpha'^2)     eq. 16
     LCM                (5)  f = c_out x_0 + c_skip x,   x' = alpha' f + sigma' z      arXiv 2310.04378, algorithm 3
                             c_skip = q^2 / ((k t)^2 + q^2),  c_out = k t / sqrt((k t)^2 + q^2),  q = 1/2; the last step gives f
+    TCD                (6)  x_s = alpha_s x_0 + sigma_s e,   s = floor((1 - eta) t')     arXiv 2402.19159, algorithm 4
+                            x' = (alpha' / alpha_s) x_s + sqrt(1 - (alpha' / alpha_s)^2) z; the last step gives x_s with s = 0
 
 The second form of (1) is the one that is computed: the first subtracts two numbers near 4096 where a schedule begins in
 pure noise (`rescale_betas_zero_snr`), and loses 1e-4.
@@ -38,7 +40,7 @@ from instantid_jax.diffusion.plan import Plan, Row, Rows, Sampler
 from instantid_jax.diffusion.schedule import SamplerError, alphas_cumprod, karras_levels, levels_at, noise_levels, spaced_timesteps, vp
 from instantid_jax.published import did_you_mean
 
-__all__ = ["DDIM", "LCM", "SAMPLERS", "Euler", "EulerAncestral", "Heun", "make_sampler"]
+__all__ = ["DDIM", "LCM", "SAMPLERS", "TCD", "Euler", "EulerAncestral", "Heun", "make_sampler"]
 
 
 class Memoryless(NamedTuple):
@@ -208,11 +210,7 @@ class LCM(Sampler):
         return Memoryless(sample)
 
     def _table(self, steps: int, start: int) -> Rows:
-        total, original = self.config.num_train_timesteps, self.original_inference_steps
-        if not steps <= original <= total:
-            raise SamplerError(f"LCM: needs num_inference_steps ({steps}) <= original_inference_steps ({original}) <= {total}; use fewer steps")
-        solver_times = np.arange(original, 0, -1) * (total // original) - 1
-        times = solver_times[np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)]
+        times = _solver_times("LCM", self.config, steps, self.original_inference_steps)
         bar = alphas_cumprod(self.config)[times].astype(np.float64)
         bar_after = np.append(bar[1:], 1.0)
         scaled = times * self.timestep_scaling
@@ -231,6 +229,52 @@ class LCM(Sampler):
         return Memoryless(row["alpha_after"] * boundary + row["sigma_after"] * noise)
 
 
+@dataclasses.dataclass(frozen=True)
+class TCD(Sampler):
+    """Equation (6), for models distilled along their trajectories; times as LCM's. diffusers: TCDScheduler."""
+
+    eta: float = 0.3
+    """How far each step goes past its aim before fresh noise brings it back (gamma in the paper); 0 is deterministic."""
+    original_inference_steps: int = 50
+    """As LCM's."""
+
+    @property
+    def needs_noise(self) -> bool:
+        return self.eta > 0
+
+    def init(self, sample: jax.Array) -> Memoryless:
+        return Memoryless(sample)
+
+    def _table(self, steps: int, start: int) -> Rows:
+        table = alphas_cumprod(self.config).astype(np.float64)
+        times = _solver_times("TCD", self.config, steps, self.original_inference_steps)
+        after = np.append(times[1:], 0)
+        aim = np.floor(np.float32(1 - self.eta) * after.astype(np.float32)).astype(int)
+        keep = table[after] / table[aim]
+        keep[-1] = 1.0
+        return {
+            "timestep": times,
+            "alpha": np.sqrt(table[times]),
+            "sigma": np.sqrt(1 - table[times]),
+            "alpha_aim": np.sqrt(keep * table[aim]),
+            "sigma_aim": np.sqrt(keep * (1 - table[aim])),
+            "spread": np.sqrt(1 - keep),
+        }
+
+    def _update(self, state: Memoryless, clean: jax.Array, row: Row, noise: jax.Array) -> Memoryless:
+        epsilon = (state.sample - row["alpha"] * clean) / row["sigma"]
+        return Memoryless(row["alpha_aim"] * clean + row["sigma_aim"] * epsilon + row["spread"] * noise)
+
+
+def _solver_times(name: str, config: SchedulerConfig, steps: int, original: int) -> np.ndarray[Any, np.dtype[Any]]:
+    """Of the times of the solver that a model was distilled from, as many as there are steps."""
+    total = config.num_train_timesteps
+    if not steps <= original <= total:
+        raise SamplerError(f"{name}: needs num_inference_steps ({steps}) <= original_inference_steps ({original}) <= {total}; use fewer steps")
+    times = np.arange(original, 0, -1) * (total // original) - 1
+    return times[np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)]
+
+
 SAMPLERS: dict[str, tuple[type[Sampler], dict[str, Any]]] = {
     "euler": (Euler, {}),
     "euler_a": (EulerAncestral, {}),
@@ -241,12 +285,15 @@ SAMPLERS: dict[str, tuple[type[Sampler], dict[str, Any]]] = {
     "dpmpp_2m_sde": (DPMpp2M, {"sde": True}),
     "unipc": (UniPC, {}),
     "lcm": (LCM, {}),
+    "tcd": (TCD, {}),
 }
 """Name -> (class, the options that the name stands for)."""
 
 
 _ENDING = (Euler, DPMpp2M, UniPC)
 """Samplers that may end above noise level 0, as `final_sigmas_type` says."""
+_SPACED = (Euler, EulerAncestral, Heun, DDIM, DPMpp2M, UniPC)
+"""Samplers whose times follow `timestep_spacing`."""
 
 
 def make_sampler(name: str, config: SchedulerConfig, **options: Any) -> Sampler:
@@ -255,13 +302,15 @@ def make_sampler(name: str, config: SchedulerConfig, **options: Any) -> Sampler:
     Args:
         name: for instance "euler".
         config: the model's noise schedule, spacing, offset, prediction type and Karras setting. Settings that a sampler does not
-            have (spacing for LCM, Karras for DDIM, Euler ancestral and LCM) do nothing there, as when swapping diffusers' schedulers.
+            have (spacing for LCM and TCD, Karras for these, DDIM and Euler ancestral) do nothing there, as when swapping diffusers'
+            schedulers.
         **options: the sampler's own:
             `karras` (euler, heun, dpmpp_2m, dpmpp_2m_sde, unipc): True or False; default from `config`.
             `final_sigmas_type` (euler, dpmpp_2m*, unipc): noise level after the last step, "zero" or "sigma_min"; default from
             `config`, where it is "zero", as in diffusers since 0.27. "sigma_min" is what DPM++ and UniPC did in 0.25.
-            `eta` (ddim): fresh noise of each step, 0 to 1.
-            `original_inference_steps` (lcm): whole, at least 1. `timestep_scaling` (lcm): above 0.
+            `timestep_spacing` (all but lcm and tcd): "leading", "trailing" or "linspace"; default from `config`.
+            `eta` (ddim, tcd): fresh noise of each step, 0 to 1; 0 and 0.3 by default.
+            `original_inference_steps` (lcm, tcd): whole, at least 1. `timestep_scaling` (lcm): above 0.
 
     Raises:
         SamplerError: an unknown name or option, with the nearest that exists, or a value that an option cannot have.
@@ -271,13 +320,14 @@ def make_sampler(name: str, config: SchedulerConfig, **options: Any) -> Sampler:
     cls, preset = SAMPLERS[name]
     known = [field.name for field in dataclasses.fields(cls) if field.name not in ("config", *preset)]
     known += ["final_sigmas_type"] if issubclass(cls, _ENDING) else []
+    known += ["timestep_spacing"] if issubclass(cls, _SPACED) else []
     for option, value in options.items():
         if option not in known:
             listed = f"Its options: {', '.join(known) or 'none'}"
             raise SamplerError(f"sampler {name!r} has no option {option!r}. {listed}{did_you_mean(option, known)}")
         _check_option(name, option, value)
-    if "final_sigmas_type" in options:
-        config = dataclasses.replace(config, final_sigmas_type=options.pop("final_sigmas_type"))
+    settings = {option: options.pop(option) for option in ("final_sigmas_type", "timestep_spacing") if option in options}
+    config = dataclasses.replace(config, **settings)
     if "karras" in known:
         options.setdefault("karras", config.use_karras_sigmas)
     return cls(config, **preset, **options)
@@ -289,6 +339,7 @@ def _check_option(sampler: str, option: str, value: Any) -> None:
     fits, needed = {
         "karras": (isinstance(value, bool), "True or False"),
         "final_sigmas_type": (value in ("zero", "sigma_min"), "'zero' or 'sigma_min'"),
+        "timestep_spacing": (value in ("leading", "trailing", "linspace"), "'leading', 'trailing' or 'linspace'"),
         "eta": (number and 0 <= value <= 1, "a number from 0 to 1"),
         "original_inference_steps": (number and isinstance(value, int) and value >= 1, "a whole number, at least 1"),
         "timestep_scaling": (number and value > 0, "a number above 0"),

@@ -11,17 +11,19 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from lora_files import lora_arrays
 from PIL import Image
+from safetensors.numpy import save_file
 
 import sample
 from instantid_jax import sampling
 from instantid_jax.config import sdxl, tiny, to_json
-from instantid_jax.defaults import PROMPTS, people
-from instantid_jax.diffusion import SAMPLERS
+from instantid_jax.defaults import PROMPTS, default_config, people
+from instantid_jax.diffusion import PRESETS, SAMPLERS
 from instantid_jax.face import Face, load_photo
 from instantid_jax.output import read_settings
 from instantid_jax.pipeline import PipelineOutput
-from instantid_jax.sample_options import SampleOptions, SamplerName
+from instantid_jax.sample_options import PresetName, SampleOptions, SamplerName, gathered
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,7 +153,8 @@ def test_the_size_of_the_output_does_not_reach_the_detector(stub: Stub, tmp_path
 def test_a_precomputed_face_needs_no_analyzer(stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, face = weights_folder(tmp_path / "w"), face_file(tmp_path / "me.npz", 512)
     assert sample.main(["--weights", str(weights), "--face", str(face), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
-    assert stub.loaded == {"directory": (weights,), "dtype": "bfloat16", "controlnets": (), "weights_dtype": None}
+    options = {"weights_dtype": None, "loras": [], "lora_scales": ()}
+    assert stub.loaded == {"directory": (weights,), "dtype": "bfloat16", "controlnets": (), **options}
     np.testing.assert_array_equal(stub.called["image_embeds"], np.arange(1, 513, dtype=np.float32))
     assert stub.called["image"][0].size == (1280, 1280)
     narrow = face_file(tmp_path / "narrow.npz", 128)
@@ -217,6 +220,11 @@ def test_every_option_reaches_the_call(stub: Stub, tmp_path: Path) -> None:
         ("--controlnet x --control-image instantid_jax/assets/astronaut.jpg", 2, "--controlnet needs --weights"),
         ("--cache-interval 0", 2, "--cache-interval must be between 1 and 1000, not 0"),
         ("--vae-tile-size 64", 2, "--vae-tile-size has no meaning without --vae-tiling"),
+        ("--lora nowhere.safetensors", 1, "nowhere.safetensors: there is no such file"),
+        ("--lora README.md", 1, "README.md: "),
+        ("--lora a --lora b --lora-scale 1", 2, "--lora-scale has 1 strengths for 2 --lora files; give one for each, or none"),
+        ("--preset hyper-8 --sampler-option timestep_spacing=x", 2, "'timestep_spacing' of sampler 'ddim' must be 'leading'"),
+        ("--preset lcm --steps 60", 2, "use fewer steps"),
     ],
 )
 def test_bad_input_gets_one_sentence_before_weights_are_loaded(
@@ -238,7 +246,7 @@ def test_too_little_memory_is_one_sentence(make: Callable[[], BaseException], st
     stub.error = make()
     face = face_file(tmp_path / "me.npz", 128)
     assert sample.main(["--face", str(face), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 1
-    assert stub.loaded == {"directory": (), "dtype": "bfloat16", "weights_dtype": None}
+    assert stub.loaded == {"directory": (), "dtype": "bfloat16", "weights_dtype": None, "loras": [], "lora_scales": ()}
     assert (
         "sample.py: out of memory; try smaller --height and --width, fewer --num-images, --dtype bfloat16, --weights-dtype int8, or --vae-tiling even"
         in capsys.readouterr().err
@@ -248,8 +256,54 @@ def test_too_little_memory_is_one_sentence(make: Callable[[], BaseException], st
         sample.main(["--face", str(face), "--out", str(tmp_path / "out")])
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--preset lightning-4", ("euler", 4, 0.0, {"timestep_spacing": "trailing"})),
+        ("--preset turbo --steps 3", ("euler_a", 3, 0.0, {"timestep_spacing": "trailing"})),
+        ("--preset hyper-1 --sampler-option eta=0.5 --steps 4", ("tcd", 4, 0.0, {"eta": 0.5})),
+        ("--preset lcm --guidance-scale 1.5", ("lcm", 4, 1.5, {})),
+        ("--preset hyper-8 --sampler unipc", ("unipc", 8, 0.0, {})),
+        ("--sampler-option timestep_spacing=trailing", ("euler", 20, 3.0, {"timestep_spacing": "trailing"})),
+    ],
+)
+def test_presets_are_settings_that_can_be_changed(options: str, expected: tuple[Any, ...], stub: Stub, tmp_path: Path) -> None:
+    face = face_file(tmp_path / "me.npz", 128)
+    assert sample.main(["--face", str(face), "--out", str(tmp_path / "out"), *options.split()]) == 0
+    assert tuple(stub.called[name] for name in ("sampler", "num_inference_steps", "guidance_scale", "sampler_options")) == expected
+
+
+def test_options_of_several_values_can_be_given_again() -> None:
+    given = "--seed 1 --lora a b --face x --lora=c --lora_scale 1 -2 --seed 3 --lora d --lora-scale=3 --face=y --no-prompt-weighting"
+    expected = "--seed 1 --lora a b c d --face x y --lora_scale 1 -2 3 --seed 3 --no-prompt-weighting"
+    assert gathered(given.split()) == expected.split()
+
+
+def test_loras_reach_the_pipeline_and_the_settings(stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    face, out = face_file(tmp_path / "me.npz", 128), tmp_path / "out"
+    sites = {"unet": ("down_blocks/1/attentions/0/transformer_blocks/0/attn1/to_q/kernel",), "text_encoder": ("encoder/layers/0/mlp/fc1/kernel",)}
+    arrays = lora_arrays(default_config(), "kohya", sites)
+    save_file(arrays, tmp_path / "one.safetensors")
+    save_file(arrays | {"odd": np.ones(1, np.float32)}, tmp_path / "two.safetensors")
+    common = ["--face", str(face), "--out", str(out)]
+    named = ["--lora", str(tmp_path / "one.safetensors"), "--lora", str(tmp_path / "two.safetensors"), "--lora-scale", "0.8", "-0.5"]
+    assert sample.main([*common, *named]) == 1
+    refused = capsys.readouterr().err
+    assert "two.safetensors: names that are not understood (1): odd. Leave them out with --allow-unknown-lora-keys" in refused
+    assert refused.count("\n") == 1 and stub.loaded == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert sample.main([*common, *named, "--allow-unknown-lora-keys"]) == 0
+    assert "sample.py: two.safetensors: names that are not understood (1): odd; they are left out" in capsys.readouterr().err
+    assert [lora.name for lora in stub.loaded["loras"]] == ["one.safetensors", "two.safetensors"] and stub.loaded["lora_scales"] == (0.8, -0.5)
+    stored = read_settings(out / "000000.png")
+    assert stored["lora"] == ["one.safetensors", "two.safetensors"] and stored["lora_scale"] == [0.8, -0.5]
+    assert stored["lora_sha256"] == [lora.digest for lora in stub.loaded["loras"]]
+
+
 def test_names_that_are_chosen_from() -> None:
     assert typing.get_args(SamplerName) == tuple(SAMPLERS)
+    assert typing.get_args(PresetName) == tuple(PRESETS)
     assert tiny().face_analyzer in typing.get_args(typing.get_args(typing.get_type_hints(SampleOptions)["analyzer"])[0])
 
 

@@ -26,7 +26,7 @@ def run(sampler, plan: Plan, sample: jax.Array, noise: jax.Array, network) -> ja
 
 
 def test_names():
-    assert list(SAMPLERS) == ["euler", "euler_a", "heun", "ddim", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "unipc", "lcm"]
+    assert list(SAMPLERS) == ["euler", "euler_a", "heun", "ddim", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "unipc", "lcm", "tcd"]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -48,7 +48,7 @@ def test_perfect_network_finds_the_picture(name, prediction_type):
         return epsilon if prediction_type == "epsilon" else row["alpha"] * epsilon - row["sigma"] * picture
 
     result = run(sampler, plan, normal(1, *SHAPE) * plan.init_noise_sigma, normal(2, plan.num_calls, *SHAPE), network)
-    np.testing.assert_allclose(result, picture, atol=0.15 if name == "ddim" else 1e-5)  # DDIM ends at sigma_0 = 0.029
+    np.testing.assert_allclose(result, picture, atol=0.15 if name in ("ddim", "tcd") else 1e-5)  # these end at sigma_0 = 0.029
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -111,8 +111,8 @@ def test_add_noise_then_model_input_has_the_forward_process(name):
 
 
 def test_which_samplers_need_noise():
-    assert [name for name in SAMPLERS if make_sampler(name, SDXL).plan(4).needs_noise] == ["euler_a", "dpmpp_2m_sde", "lcm"]
-    assert make_sampler("ddim", SDXL, eta=0.5).plan(4).needs_noise
+    assert [name for name in SAMPLERS if make_sampler(name, SDXL).plan(4).needs_noise] == ["euler_a", "dpmpp_2m_sde", "lcm", "tcd"]
+    assert make_sampler("ddim", SDXL, eta=0.5).plan(4).needs_noise and not make_sampler("tcd", SDXL, eta=0.0).plan(4).needs_noise
     sampler = make_sampler("euler_a", SDXL)
     row = {key: column[0] for key, column in sampler.plan(4).rows.items()}
     with pytest.raises(SamplerError, match="needs noise"):
@@ -133,7 +133,8 @@ def test_options():
         ("heun", {"kerras": True}, "did you mean 'karras'"),
         ("ddim", {"karras": True}, "no option 'karras'.*Its options: eta"),
         ("dpmpp_2m_karras", {"karras": False}, "no option 'karras'"),
-        ("euler_a", {"eta": 1.0}, "Its options: none"),
+        ("euler_a", {"eta": 1.0}, "Its options: timestep_spacing$"),
+        ("tcd", {"timestep_spacing": "trailing"}, "Its options: eta, original_inference_steps"),
     ],
 )
 def test_wrong_names(name, options, message):
@@ -165,6 +166,7 @@ def test_the_last_noise_level_is_an_option():
         ("ddim", {"eta": float("nan")}, "must be a number from 0 to 1"),
         ("lcm", {"original_inference_steps": 2.5}, "must be a whole number, at least 1, not 2.5"),
         ("lcm", {"timestep_scaling": 0}, "must be a number above 0, not 0"),
+        ("euler", {"timestep_spacing": "tailing"}, "must be 'leading', 'trailing' or 'linspace', not 'tailing'"),
     ],
 )
 def test_wrong_values_of_options(name, options, message):

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
-from diffusers.schedulers import scheduling_ddim, scheduling_dpmsolver_multistep, scheduling_euler_ancestral_discrete, scheduling_lcm
+from diffusers.schedulers import scheduling_ddim, scheduling_dpmsolver_multistep, scheduling_euler_ancestral_discrete, scheduling_lcm, scheduling_tcd
 
 from instantid_jax.config import SchedulerConfig
-from instantid_jax.diffusion import guidance, make_sampler, parameterization, schedule
+from instantid_jax.diffusion import PRESETS, guidance, make_sampler, parameterization, schedule
 
 # diffusers turns torch tensors into numpy arrays in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
@@ -35,8 +35,9 @@ ORACLES = {
     "dpmpp_2m_sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": (diffusers.UniPCMultistepScheduler, {}),
     "lcm": (diffusers.LCMScheduler, {}),
+    "tcd": (diffusers.TCDScheduler, {}),
 }
-NOISY = (scheduling_ddim, scheduling_dpmsolver_multistep, scheduling_euler_ancestral_discrete, scheduling_lcm)
+NOISY = (scheduling_ddim, scheduling_dpmsolver_multistep, scheduling_euler_ancestral_discrete, scheduling_lcm, scheduling_tcd)
 PREDICTIONS = ("epsilon", "v_prediction")
 SIGMA_MIN = ("euler", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "unipc")
 
@@ -188,6 +189,45 @@ def test_ddim_eta(eta, monkeypatch):
         config = SchedulerConfig(prediction_type=prediction_type)
         expected = reference(oracle("ddim", config), steps, monkeypatch, eta=eta)
         assert error(ours(make_sampler("ddim", config, eta=eta), steps), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7])
+@pytest.mark.parametrize("eta", [0.7, 1.0])
+def test_tcd_eta(eta, steps, monkeypatch):
+    for prediction_type in PREDICTIONS:
+        config = SchedulerConfig(prediction_type=prediction_type)
+        expected = reference(oracle("tcd", config, original_inference_steps=40), steps, monkeypatch, eta=eta)
+        assert error(ours(make_sampler("tcd", config, eta=eta, original_inference_steps=40), steps), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("name", [name for name in ORACLES if name not in ("lcm", "tcd")])
+def test_spacing_by_option_is_spacing_from_the_file(name, spacing):
+    assert make_sampler(name, SchedulerConfig(), timestep_spacing=spacing) == make_sampler(name, SchedulerConfig(timestep_spacing=spacing))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(preset, monkeypatch):
+    """Their authors' schedulers and settings, on the model's own noise schedule."""
+    cls, options, steps, eta = {
+        "turbo": (diffusers.EulerAncestralDiscreteScheduler, {"timestep_spacing": "trailing"}, 1, 0.0),
+        "lightning-2": (diffusers.EulerDiscreteScheduler, {"timestep_spacing": "trailing"}, 2, 0.0),
+        "lightning-4": (diffusers.EulerDiscreteScheduler, {"timestep_spacing": "trailing"}, 4, 0.0),
+        "lightning-8": (diffusers.EulerDiscreteScheduler, {"timestep_spacing": "trailing"}, 8, 0.0),
+        "hyper-1": (diffusers.TCDScheduler, {}, 1, 1.0),
+        "hyper-8": (diffusers.DDIMScheduler, {"timestep_spacing": "trailing", "clip_sample": False}, 8, 0.0),
+        "lcm": (diffusers.LCMScheduler, {}, 4, 0.0),
+    }[preset]
+    chosen = PRESETS[preset]
+    config = SchedulerConfig()
+    scheduler = cls.from_config(oracle("euler", config).config, **options)
+    scheduler.register_to_config(set_alpha_to_one=False)
+    if cls is diffusers.DDIMScheduler:
+        scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    expected = reference(scheduler, steps, monkeypatch, eta=eta)
+    sampler = make_sampler(chosen["sampler"], config, **chosen["sampler_options"])
+    assert chosen["guidance_scale"] == 0 and chosen["num_inference_steps"] == steps
+    assert error(ours(sampler, steps), expected) <= TOLERANCE
 
 
 def test_ddim_final_alpha_of_one(monkeypatch):
