@@ -193,6 +193,7 @@ def read_model(
     sources = [path for path in (base, instant, fallback, unet) if path is not None]
     for path in sources:
         require_there(path)
+    files: _Files
     if base.is_file():
         configs, files, published, folder, notes = _single_file_base(base, fallback, variant)
     else:
