@@ -193,12 +193,11 @@ def read_model(
     sources = [path for path in (base, instant, fallback, unet) if path is not None]
     for path in sources:
         require_there(path)
-    files: _Files
     if base.is_file():
         configs, files, published, folder, notes = _single_file_base(base, fallback, variant)
     else:
         configs, published, notes = _base_configs(base), _published(base), []
-        files, folder = {name: (open_component(base / name, variant), None) for name in BASE}, base
+        files, folder = _Files((name, (open_component(base / name, variant), None)) for name in BASE), base
     if unet is not None:
         files["unet"] = _other_unet(unet, configs["unet"], variant)
         notes.append(f"the UNet is {unet.name}'s, everything else of the base is {base.name}'s")
