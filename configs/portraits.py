@@ -16,7 +16,7 @@ BASE = "runs/portraits_base/weights"
 def config(base: str = BASE) -> TrainConfig:
     return TrainConfig(
         model=saved_model(base),
-        steps=8000,
+        steps=14_500,
         data=("data/portraits_latents",),
         out="runs/portraits",
         loader=LoaderConfig(
@@ -31,7 +31,7 @@ def config(base: str = BASE) -> TrainConfig:
             num_threads=1,
         ),
         init=InitConfig(weights=base, condition_gain=2.5),
-        loss=LossConfig(timesteps="stratified", face_weight=1.0, identity_weight=0.5),
+        loss=LossConfig(timesteps="stratified", face_weight=1.0, identity_weight=0.8, identity_power=1.0),
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
             schedule="cosine",

@@ -13,6 +13,7 @@ from PIL import Image
 
 import sample
 from convert_weights.__main__ import Command
+from instantid_jax import sampling
 from instantid_jax.defaults import DEFAULT_WEIGHTS, default_config, people
 from instantid_jax.diffusion import PRESETS
 from instantid_jax.pipeline import InstantIDPipeline, PipelineOutput
@@ -84,7 +85,7 @@ def test_commands_that_draw(command: str, folder: Path, tmp_path: Path, monkeypa
         return call
 
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sample, "default_pipeline", load)
+    monkeypatch.setattr(sampling, "default_pipeline", load)
     assert sample.main(in_place(command, tmp_path)) == 0
     arguments = shlex.split(command)
     assert [lora.name for lora in called["loaded"]["loras"]] == [name for name in arguments if name in LORAS]
