@@ -20,18 +20,19 @@ import tyro
 from jax.errors import JaxRuntimeError
 
 from convert_weights.lora import read_loras
+from instantid_jax.config import ComputeConfig, sdxl
 from instantid_jax.demo import count_people, draw_people, save_sheet
 from instantid_jax.face import FaceError, load_analyzer
 from instantid_jax.jobs import run_jobs
 from instantid_jax.options import check_folder, status_of, wrong_options
 from instantid_jax.output import save_run
 from instantid_jax.parallel.distributed import leave
-from instantid_jax.pipeline import check_call
+from instantid_jax.pipeline import check_call, read_config
 from instantid_jax.progress import CompileSeconds, StepBar
 from instantid_jax.references import check_files, read_identity
 from instantid_jax.request import in_options
 from instantid_jax.sample_options import SampleOptions, gathered
-from instantid_jax.sampling import conditions_of, inputs_of, model_config, open_pipeline, plan_table, settings_of
+from instantid_jax.sampling import conditions_of, inputs_of, model_config, open_pipeline, settings_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: print(f"sample.py: {in_options(str(message))}", file=sys.stderr)
     try:
         if options.aot is not None:
-            print(plan_table(options))
+            print(_plan_table(options))
             return 0
         if options.jobs is not None:
             return run_jobs(options)
@@ -95,6 +96,17 @@ def run(given: SampleOptions) -> list[Path]:
         seconds = time.perf_counter() - began
     print(f"compiled in {compiling.total:.1f} s, made {count} picture(s) in {seconds - compiling.total:.1f} s")
     return save()
+
+
+def _plan_table(s: SampleOptions) -> str:
+    """What sampling would need on the TPUs of `SampleOptions.aot`: of the weights' model, or of SDXL; nothing is read but its configuration."""
+    from instantid_jax.parallel.aot import Plan, tell  # only a plan needs it
+
+    config = sdxl() if s.weights is None else read_config(s.weights)
+    side = config.unet.sample_size * config.vae.downscale
+    size = s.height or s.width or side, s.width or s.height or side
+    batch = s.num_images if s.num_images > 1 else None  # one a chip
+    return tell(Plan(s.aot or "", "sample", config, ComputeConfig(dtype=s.dtype), batch=batch, steps=s.steps or 30, size=size))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def _one(name: str, value: Any, kind: Any) -> Any:
 
 def _value(name: str, value: Any, hint: Any, folder: Path) -> Any:
     """A field's value as the option's type."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     if value is None and type(None) in kinds:
         return None
     kind = kinds[0]

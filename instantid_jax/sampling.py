@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from instantid_jax import __version__
-from instantid_jax.config import ComputeConfig, ModelConfig, sdxl
+from instantid_jax.config import ModelConfig
 from instantid_jax.defaults import DEFAULT_WEIGHTS, NOTICE, default_config, default_pipeline, framed
 from instantid_jax.face import Identity, load_photo
 from instantid_jax.lora import Lora
@@ -18,7 +18,7 @@ from instantid_jax.pipeline import InstantIDPipeline, read_config
 from instantid_jax.references import keypoint_picture, read_mask
 from instantid_jax.sample_options import RUN_OPTIONS, SampleOptions
 
-__all__ = ["conditions_of", "inputs_of", "model_config", "open_pipeline", "plan_table", "settings_of"]
+__all__ = ["conditions_of", "inputs_of", "model_config", "open_pipeline", "settings_of"]
 
 ELSEWHERE = ("num_images", "face", "pose", "control_image", "control_mask", *RUN_OPTIONS)
 """Options that are not stored as settings: names and hashes of the files tell them."""
@@ -36,17 +36,6 @@ def open_pipeline(s: SampleOptions, loras: Sequence[Lora] = ()) -> InstantIDPipe
         print(NOTICE, file=sys.stderr)
         return default_pipeline(**options)
     return InstantIDPipeline.from_pretrained(s.weights, controlnets=s.controlnet, **options)
-
-
-def plan_table(s: SampleOptions) -> str:
-    """What sampling would need on the TPUs of `SampleOptions.aot`: of the weights' model, or of SDXL; nothing is read but its configuration."""
-    from instantid_jax.parallel.aot import Plan, tell  # only a plan needs it
-
-    config = sdxl() if s.weights is None else read_config(s.weights)
-    side = config.unet.sample_size * config.vae.downscale
-    size = s.height or s.width or side, s.width or s.height or side
-    batch = s.num_images if s.num_images > 1 else None  # one a chip
-    return tell(Plan(s.aot or "", "sample", config, ComputeConfig(dtype=s.dtype), batch=batch, steps=s.steps or 30, size=size))
 
 
 def settings_of(s: SampleOptions, digest: dict[str, str] | None = None, loras: Sequence[Lora] = ()) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def test_the_model_is_small_and_finite() -> None:
     assert config.unet.sample_size * config.vae.downscale == 64
 
 
+@pytest.mark.slow
 def test_with_8_bit_weights_the_picture_is_nearly_the_same() -> None:
     keypoints = draw_keypoints((64, 64), people()[0].pose * 64, default_config().keypoint_scale)
     vector = np.random.default_rng(0).standard_normal(128).astype(np.float32)

@@ -35,8 +35,9 @@ def test_people_prompts_and_seeds(tmp_path):
 
 
 def test_every_option_of_a_picture_is_a_field():
-    known = {"weights", "controlnet", "analyzer", "analyzer_root", "dtype"}
-    assert set(COMMON) == known and {*RUN_OPTIONS} == {"out", "jobs", "distributed", "coordinator", "processes", "process"}
+    loras = {"lora", "lora_scale", "allow_unknown_lora_keys"}
+    assert set(COMMON) == {"weights", "weights_dtype", *loras, "controlnet", "analyzer", "analyzer_root", "dtype"}
+    assert {*RUN_OPTIONS} == {"out", "jobs", "aot", "distributed", "coordinator", "processes", "process"}
 
 
 @pytest.mark.parametrize(

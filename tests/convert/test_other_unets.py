@@ -120,4 +120,4 @@ def test_the_options_reach_the_reader(monkeypatch: pytest.MonkeyPatch, tmp_path:
     arguments = "import --base b --instantid i --out o --unet u --prediction v_prediction --zero-snr"
     assert main(arguments.split()) == 1 and "enough" in capsys.readouterr().err
     assert called == {"unet": Path("u"), "scheduler": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}}
-    assert main(["import", "--controlnet", "c", "--unet", "u", "--out", "o"]) == 1 and "give either --controlnet" in capsys.readouterr().err
+    assert main(["import", "--controlnet", "c", "--unet", "u", "--out", "o"]) == 2 and "give either --controlnet" in capsys.readouterr().err

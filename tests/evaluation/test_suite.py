@@ -114,7 +114,7 @@ def test_report_has_every_figure(bench, panel):
     for name in NEEDED:
         low, high = figures[f"{name}_ci"]
         assert low <= figures[name] <= high
-    settings = {"identities": 5, "judge": "colours", "steps": 1, "sampler": "euler", "guidance_scale": 1.0, "size": 64}
+    settings = {"identities": 5, "split": "test", "judge": "colours", "steps": 1, "sampler": "euler", "guidance_scale": 1.0, "size": 64}
     settings |= {"identitynet_scale": 1.0, "adapter_scale": 1.0}
     targets = [{"target": "auc >= 0.80", "met": False}]
     text = markdown({"arms": {"both": figures}, "ceilings": flatten(bench.ceilings()), "settings": settings, "targets": targets})

@@ -1,5 +1,6 @@
 """The compiler's account of a small program has not drifted from what docs/scale.json holds. Needs libtpu, no TPU."""
 
+import importlib
 import importlib.metadata
 import json
 from pathlib import Path
@@ -47,3 +48,12 @@ def test_small_program_has_not_drifted(tmp_path: Path, monkeypatch: pytest.Monke
         assert now[name] == pytest.approx(recorded[name], rel=0.02), name
     table = capsys.readouterr().out
     assert "HBM: peak" in table and "roofline" in table
+
+
+@pytest.mark.parametrize("program", ["train.py --config configs/portraits_quick.py", "sample.py"])
+def test_the_command_lines_name_a_wrong_topology(program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    name, *options = program.split()
+    main = importlib.import_module(name.removesuffix(".py")).main
+    assert main([*options, "--aot", "v9:1x1"]) == 1
+    assert capsys.readouterr().err.startswith(f"{name}: 'v9:1x1' is no topology known here")

@@ -101,7 +101,7 @@ def test_a_start_that_begins_to_learn_sooner(networks, all_weights):
     ("init", "says"),
     [
         (InitConfig(), "vae has no start: name a folder in init.weights"),
-        (InitConfig("/nowhere"), "/nowhere has no weights of vae"),
+        (InitConfig("/nowhere"), "there is no folder /nowhere, which init.weights names"),
     ],
 )
 def test_a_network_without_a_start_is_named(networks, init, says):
