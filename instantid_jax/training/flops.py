@@ -46,6 +46,8 @@ def kernel_flops(jaxpr: Any) -> float:
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         if equation.primitive.name == "pallas_call":
             total += math.prod(equation.params["grid_mapping"].grid) * count_flops(equation.params["jaxpr"])
+        elif equation.primitive.name == "cond":
+            total += max(map(kernel_flops, equation.params["branches"]))
         else:
             total += equation.params.get("length", 1) * sum(map(kernel_flops, _inner(equation.params)))
     return total

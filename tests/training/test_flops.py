@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from instantid_jax.training.flops import count_flops, executed_flops
+from instantid_jax.nn.splash import splash_attention
+from instantid_jax.training.flops import count_flops, executed_flops, kernel_flops
 
 
 def counted(function, *shapes):
@@ -66,3 +67,17 @@ def test_of_branches_the_one_that_is_taken_counts():
     assert count_flops(jaxpr) == 9 * 2 * 3 * 4 * 4
     with pytest.raises(ValueError, match="not known"):
         executed_flops(jaxpr, unknown)
+
+
+def test_kernels_count_in_loops_and_in_the_dearest_branch():
+    """The products q k and p v of a kernel; the softmax is none."""
+    q = jnp.zeros((2, 128, 3, 64))
+    once = 2 * 2 * 2 * 3 * 128 * 128 * 64
+
+    def loop(x):
+        return jax.lax.scan(
+            lambda c, _: (jax.lax.cond(c[0, 0, 0, 0] > 0, lambda c: splash_attention(c, c, c), lambda c: c, c), None), x, None, length=5
+        )[0]
+
+    assert kernel_flops(jax.make_jaxpr(lambda x: splash_attention(x, x, x))(q)) == once
+    assert kernel_flops(jax.make_jaxpr(loop)(q)) == 5 * once
