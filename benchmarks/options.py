@@ -31,8 +31,8 @@ from instantid_jax.diffusion import control_window
 from instantid_jax.face import load_analyzer
 from instantid_jax.models import build_networks
 from instantid_jax.models.encoder import AddedConditions
+from instantid_jax.parallel.flops import executed_flops
 from instantid_jax.pipeline import InstantIDPipeline, check_call
-from instantid_jax.training.flops import executed_flops
 
 STEPS, SIDE, SMALL = 30, 1024, 64
 CALL = {"prompt": PROMPTS["photo"], "negative_prompt": None, "num_images_per_prompt": 1, "width": None, "height": None, "seed": 0}

@@ -19,8 +19,8 @@ from instantid_jax.models.encoder import AddedConditions, IdentityContext
 from instantid_jax.models.identitynet import IdentityNet
 from instantid_jax.models.unet import Residuals
 from instantid_jax.models.unet import UNet as UNetModule
+from instantid_jax.parallel.flops import count_flops, executed_flops
 from instantid_jax.prediction import Pace, Shortcuts
-from instantid_jax.training.flops import count_flops, executed_flops
 
 CALLS, SIDE, WIDTH, TOKENS = 5, 8, 40, 16
 UNET = UNetConfig(

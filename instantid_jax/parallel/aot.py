@@ -27,7 +27,7 @@ import jax
 
 from instantid_jax.parallel import hlo
 from instantid_jax.parallel.chips import Chip, TopologyError, device_mesh, parse_topology, topology_devices
-from instantid_jax.training.flops import kernel_flops
+from instantid_jax.parallel.flops import kernel_flops
 
 if TYPE_CHECKING:
     from instantid_jax.config import ComputeConfig, ModelConfig

@@ -17,9 +17,9 @@ from instantid_jax.diffusion import make_sampler
 from instantid_jax.models import FROZEN, TRAINABLE, build_networks
 from instantid_jax.models.encoder import AddedConditions, IdentityContext, TextContext
 from instantid_jax.models.unet import Residuals
+from instantid_jax.parallel.flops import count_flops, minimum_flops
 from instantid_jax.parallel.mesh import batch_sharding
 from instantid_jax.parallel.rules import shardings
-from instantid_jax.training.flops import count_flops, minimum_flops
 
 if TYPE_CHECKING:
     from instantid_jax.training.config import TrainConfig

@@ -15,11 +15,11 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from instantid_jax.models import Network
+from instantid_jax.parallel.flops import count_flops
 from instantid_jax.parallel.mesh import batch_sharding
 from instantid_jax.parallel.rules import shardings
 from instantid_jax.paths import Tree, map_paths
 from instantid_jax.training.config import TrainConfig
-from instantid_jax.training.flops import count_flops
 from instantid_jax.training.networks import training_networks
 from instantid_jax.training.objectives import Objective
 from instantid_jax.training.optim import make_optimizer
@@ -35,7 +35,7 @@ class CompiledStep(NamedTuple):
     call: Any
     """``call(state, frozen, batch, limit) -> state, metrics``; the state is donated."""
     flops: float
-    """Of matrix products and convolutions, over all devices (`training.flops`)."""
+    """Of matrix products and convolutions, over all devices (`parallel.flops`)."""
     seconds: float
     """How long compiling took."""
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from instantid_jax.parallel.flops import count_flops
 from instantid_jax.parallel.hlo import HloError, costs, parse, taps
-from instantid_jax.training.flops import count_flops
 
 LOOP = """HloModule jit_f, is_scheduled=true
 

@@ -10,10 +10,10 @@ import pytest
 import small
 
 from instantid_jax.config import ComputeConfig
+from instantid_jax.parallel.flops import count_flops
 from instantid_jax.parallel.mesh import make_mesh
 from instantid_jax.paths import flatten
 from instantid_jax.running import EXIT_INTERRUPTED
-from instantid_jax.training.flops import count_flops
 from instantid_jax.training.loop import Run, train
 from instantid_jax.training.objectives import draw, per_sample
 from instantid_jax.training.plan import dry_run

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from instantid_jax.nn.splash import splash_attention
-from instantid_jax.training.flops import count_flops, executed_flops, kernel_flops
+from instantid_jax.parallel.flops import count_flops, executed_flops, kernel_flops
 
 
 def counted(function, *shapes):
