@@ -6,6 +6,7 @@ pictures and latents are NHWC, `latents` is unit-normal noise, and randomness co
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -197,7 +198,8 @@ class InstantIDPipeline:
 
     def _encoded(self, tower: str, ids: np.ndarray) -> Any:
         """States of one text tower, on this process's devices."""
-        return _near(programs.encode_text(self.networks[tower], self.parameters[tower], ids, self._apart(tower)))
+        with self._on_mesh():
+            return _near(programs.encode_text(self.networks[tower], self.parameters[tower], ids, self._apart(tower)))
 
     def _encode_weighted(self, request: Request) -> TextConditions:
         """The long-prompt path of the published full pipeline: weights, BREAK, any length; padding is masked out."""
@@ -221,7 +223,8 @@ class InstantIDPipeline:
         embeddings = np.asarray(embeddings, np.float32)
         if guided:
             embeddings = np.concatenate([np.zeros_like(embeddings), embeddings])
-        return _near(programs.encode_identity(self.networks["resampler"], self.parameters["resampler"], embeddings))
+        with self._on_mesh():
+            return _near(programs.encode_identity(self.networks["resampler"], self.parameters["resampler"], embeddings))
 
     def __call__(
         self,
@@ -312,7 +315,7 @@ class InstantIDPipeline:
         request = Request.check(self.config, **arguments, nets=1 + len(self.controlnets))
         inputs = self.prepare(request, image, image_embeds, control_mask, latents, (guidance_scale, guidance_rescale))
         denoiser, weights = self.denoiser()
-        with programs.watching(on_step) as watched:
+        with self._on_mesh(), programs.watching(on_step) as watched:
             out = programs.denoise(denoiser, request.solver, request.guided, weights, *self._spread(inputs), watched, request.shortcuts)
         return PipelineOutput(self._finish(out, output_type, request.tiling))
 
@@ -343,6 +346,10 @@ class InstantIDPipeline:
         conditions = self._conditions(request, images, embeddings, mask)
         start, (scale, rescale) = jnp.asarray(noise) * plan.init_noise_sigma, map(jnp.float32, guidance)
         return Inputs(conditions, start, jnp.asarray(seeds), plan, scale, rescale, request.pace())
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Where layers see the mesh that the weights are spread over (`nn.placement`)."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _spread(self, inputs: Inputs) -> Inputs:
         """With weights spread over a mesh: the pictures of a batch too, where their number can be divided by its data and fsdp axes."""
@@ -387,7 +394,8 @@ class InstantIDPipeline:
             )
         if output_type == "latent":
             return denoised
-        pictures = to_host(programs.decode(self.networks["vae"], self.parameters["vae"], latents, tiling))
+        with self._on_mesh():
+            pictures = to_host(programs.decode(self.networks["vae"], self.parameters["vae"], latents, tiling))
         if not np.isfinite(pictures).all():
             raise PipelineError("the autoencoder gave values that are not finite; load the model with dtype='float32' or 'bfloat16'")
         if output_type == "np":

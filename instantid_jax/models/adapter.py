@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from instantid_jax.config import ComputeConfig, UNetConfig
 from instantid_jax.models.encoder import SiteKeysValues
 from instantid_jax.nn.attention import KeysValues, split_heads
+from instantid_jax.nn.linear import Linear
 from instantid_jax.nn.stacking import map_layers, stack_of
 
 
@@ -20,8 +21,8 @@ class IdentityProjection(nnx.Module):
     def __init__(self, context_channels: int, channels: int, heads: int, *, compute: ComputeConfig, rngs: nnx.Rngs):
         dtype = jnp.dtype(compute.dtype)
         self.heads = heads
-        self.to_k_ip = nnx.Linear(context_channels, channels, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_v_ip = nnx.Linear(context_channels, channels, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_k_ip = Linear(context_channels, channels, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_v_ip = Linear(context_channels, channels, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "b m c"]) -> KeysValues:
         return KeysValues(split_heads(self.to_k_ip(tokens), self.heads), split_heads(self.to_v_ip(tokens), self.heads))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from instantid_jax.config import CLIPTextConfig, ComputeConfig
 from instantid_jax.nn.attention import dot_product_attention, split_heads
+from instantid_jax.nn.linear import Linear
 from instantid_jax.nn.norm import LayerNorm
 from instantid_jax.nn.stacking import scan_layers, stack_of
 
@@ -37,10 +38,10 @@ class CLIPAttention(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, compute: ComputeConfig, rngs: nnx.Rngs):
         dtype, c = jnp.dtype(compute.dtype), config.hidden_size
         self.heads = config.num_attention_heads
-        self.q_proj = nnx.Linear(c, c, dtype=dtype, rngs=rngs)
-        self.k_proj = nnx.Linear(c, c, dtype=dtype, rngs=rngs)
-        self.v_proj = nnx.Linear(c, c, dtype=dtype, rngs=rngs)
-        self.out_proj = nnx.Linear(c, c, dtype=dtype, rngs=rngs)
+        self.q_proj = Linear(c, c, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(c, c, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(c, c, dtype=dtype, rngs=rngs)
+        self.out_proj = Linear(c, c, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         q, k, v = (split_heads(project(x), self.heads) for project in (self.q_proj, self.k_proj, self.v_proj))
@@ -54,8 +55,8 @@ class CLIPMLP(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, compute: ComputeConfig, rngs: nnx.Rngs):
         dtype = jnp.dtype(compute.dtype)
         self.quick = config.hidden_act == "quick_gelu"
-        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         x = self.fc1(x)
@@ -106,7 +107,7 @@ class CLIPTextModel(nnx.Module):
         self.encoder = CLIPEncoder(config, compute=compute, rngs=rngs)
         self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype=dtype, rngs=rngs)
         if config.with_projection:
-            self.text_projection = nnx.Linear(config.hidden_size, config.projection_dim, use_bias=False, dtype=dtype, rngs=rngs)
+            self.text_projection = Linear(config.hidden_size, config.projection_dim, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, ids: Int[Array, "b n"]) -> TextStates:
         def apply(layer: CLIPLayer, x: Array, _: None) -> tuple[Array, Array]:

@@ -166,7 +166,7 @@ class Encoder(nnx.Module):
 
     def residual(self, block: ResnetBlock, x: Array, time: Array) -> Array:
         """Runs a residual block, which `ComputeConfig.remat` "full" computes again in the backward pass."""
-        return recomputed(lambda x, time: block(x, time), self.remat == "full")(x, time)
+        return recomputed(lambda x, time: block(x, time), "full" if self.remat == "full" else "none")(x, time)
 
 
 def attend(transformer: Transformer2D, site: str, x: Array, text: TextContext, identity: IdentityContext | None) -> Array:

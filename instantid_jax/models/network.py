@@ -22,7 +22,7 @@ from instantid_jax.models.identitynet import IdentityNet
 from instantid_jax.models.resampler import make_projector
 from instantid_jax.models.unet import UNet
 from instantid_jax.models.vae import Autoencoder
-from instantid_jax.nn.linear import quantize, store_int8
+from instantid_jax.nn.linear import name_tensor_axes, quantize, store_int8
 from instantid_jax.paths import Tree, flatten, stack_layers, unflatten, unstack_layers
 
 TRAINABLE = ("identitynet", "adapter", "resampler")
@@ -45,6 +45,7 @@ class Network:
 
     def _module(self, key: jax.Array) -> nnx.Module:
         module = self.make(self.config, compute=self.compute, rngs=nnx.Rngs(key))
+        name_tensor_axes(module)
         if self.int8:
             store_int8(module)
         return module

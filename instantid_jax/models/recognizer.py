@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from instantid_jax.config import ComputeConfig, ConfigError
 from instantid_jax.nn.conv import Conv, Downsample
+from instantid_jax.nn.linear import Linear
 from instantid_jax.nn.norm import GroupNorm
 from instantid_jax.nn.resnet import ResnetBlock
 
@@ -47,7 +48,7 @@ class Recognizer(nnx.Module):
         self.resnets = nnx.List([ResnetBlock(a, b, groups, _EPSILON, dtype=dtype, rngs=rngs) for a, b in zip(before, widths, strict=True)])
         self.downsamplers = nnx.List([Downsample(width, dtype=dtype, rngs=rngs) for width in widths[:-1]])
         self.norm_out = GroupNorm(widths[-1], groups, _EPSILON, dtype=dtype, rngs=rngs)
-        self.proj_out = nnx.Linear(widths[-1], config.embedding_dim, dtype=dtype, rngs=rngs)
+        self.proj_out = Linear(widths[-1], config.embedding_dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
         """Embedding, of any length, of latents as the UNet sees them (scaled)."""

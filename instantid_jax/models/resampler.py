@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from instantid_jax.config import ComputeConfig, ResamplerConfig
 from instantid_jax.nn.attention import split_heads
+from instantid_jax.nn.linear import Linear
 from instantid_jax.nn.norm import LayerNorm
 from instantid_jax.nn.stacking import scan_layers, stack_of
 
@@ -26,9 +27,9 @@ class PerceiverAttention(nnx.Module):
         self.heads = config.heads
         self.norm1 = LayerNorm(config.dim, dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(config.dim, dtype=dtype, rngs=rngs)
-        self.to_q = nnx.Linear(config.dim, inner, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_kv = nnx.Linear(config.dim, 2 * inner, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_out = nnx.Linear(inner, config.dim, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_q = Linear(config.dim, inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_kv = Linear(config.dim, 2 * inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_out = Linear(inner, config.dim, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b m c"], latents: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         x, latents = self.norm1(x), self.norm2(latents)
@@ -48,8 +49,8 @@ class PerceiverFeedForward(nnx.Module):
     def __init__(self, config: ResamplerConfig, *, compute: ComputeConfig, rngs: nnx.Rngs):
         dtype, inner = jnp.dtype(compute.dtype), config.dim * config.ff_mult
         self.norm = LayerNorm(config.dim, dtype=dtype, rngs=rngs)
-        self.proj_in = nnx.Linear(config.dim, inner, use_bias=False, dtype=dtype, rngs=rngs)
-        self.proj_out = nnx.Linear(inner, config.dim, use_bias=False, dtype=dtype, rngs=rngs)
+        self.proj_in = Linear(config.dim, inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.proj_out = Linear(inner, config.dim, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         return self.proj_out(jax.nn.gelu(self.proj_in(self.norm(x)), approximate=False))
@@ -74,9 +75,9 @@ class Resampler(nnx.Module):
         dtype = jnp.dtype(compute.dtype)
         self.config, self.compute = config, compute
         self.latents = nnx.Param(jax.random.normal(rngs.params(), (1, config.num_queries, config.dim)) * config.dim**-0.5)
-        self.proj_in = nnx.Linear(config.embedding_dim, config.dim, dtype=dtype, rngs=rngs)
+        self.proj_in = Linear(config.embedding_dim, config.dim, dtype=dtype, rngs=rngs)
         self.layers = stack_of(lambda r: ResamplerLayer(config, compute=compute, rngs=r), config.depth, rngs)
-        self.proj_out = nnx.Linear(config.dim, config.output_dim, dtype=dtype, rngs=rngs)
+        self.proj_out = Linear(config.dim, config.output_dim, dtype=dtype, rngs=rngs)
         self.norm_out = LayerNorm(config.output_dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, embedding: Float[Array, "b d"]) -> Float[Array, "b n c"]:
@@ -93,8 +94,8 @@ class MLPProjector(nnx.Module):
     def __init__(self, config: ResamplerConfig, *, compute: ComputeConfig, rngs: nnx.Rngs):
         dtype, width = jnp.dtype(compute.dtype), config.num_queries * config.output_dim
         self.config = config
-        self.proj_in = nnx.Linear(config.embedding_dim, 2 * config.embedding_dim, dtype=dtype, rngs=rngs)
-        self.proj_out = nnx.Linear(2 * config.embedding_dim, width, dtype=dtype, rngs=rngs)
+        self.proj_in = Linear(config.embedding_dim, 2 * config.embedding_dim, dtype=dtype, rngs=rngs)
+        self.proj_out = Linear(2 * config.embedding_dim, width, dtype=dtype, rngs=rngs)
         self.norm_out = LayerNorm(config.output_dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, embedding: Float[Array, "b d"]) -> Float[Array, "b n c"]:

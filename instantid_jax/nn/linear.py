@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from instantid_jax.nn.conv import Conv, inside_the_loop
+from instantid_jax.nn.placement import tensor_axis, whole
 from instantid_jax.paths import Tree, flatten, stacked_layer, unflatten
 
 _LARGEST = 127
@@ -24,14 +25,24 @@ class Linear(nnx.Linear):
     """x kernel + bias; after `store_int8` by equation (2)."""
 
     kernel_scale: nnx.Param[Array]
+    tensor_axis: int | None = None
+    """Of the kernel, by the table of `nn.placement`."""
 
     def __call__(self, inputs: Float[Array, "... c"], out_sharding: Any = None) -> Float[Array, "... c2"]:
-        if not hasattr(self, "kernel_scale"):
-            return super().__call__(inputs, out_sharding)
-        dtype = self.dtype or inputs.dtype
-        kernel, inputs = inside_the_loop(self.kernel[...], inputs)
-        y = inputs.astype(dtype) @ kernel.astype(dtype) * self.kernel_scale[...].astype(dtype)
+        dtype, kernel, rounded = self.dtype or inputs.dtype, self.kernel[...], hasattr(self, "kernel_scale")
+        if rounded:
+            kernel, inputs = inside_the_loop(kernel, inputs)
+        y = inputs.astype(dtype) @ whole(kernel, dtype, self.tensor_axis)
+        if rounded:
+            y = y * self.kernel_scale[...].astype(dtype)
         return y if self.bias is None else y + self.bias[...].astype(dtype)
+
+
+def name_tensor_axes(module: nnx.Module) -> None:
+    """Tells every linear layer within `module`, by its path, along which axis its kernel is split over `tensor`."""
+    for path, layer in nnx.iter_modules(module):
+        if isinstance(layer, Linear):
+            layer.tensor_axis = tensor_axis("/".join(map(str, (*path, "kernel"))))
 
 
 def store_int8(module: nnx.Module) -> None:

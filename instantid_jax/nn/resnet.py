@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from instantid_jax.nn.conv import Conv
 from instantid_jax.nn.linear import Linear
 from instantid_jax.nn.norm import GroupNorm
+from instantid_jax.nn.placement import by_rows
 
 
 class ResnetBlock(nnx.Module):
@@ -43,4 +44,4 @@ class ResnetBlock(nnx.Module):
         if time is not None:
             y = y + self.time_emb_proj(jax.nn.silu(time))[:, None, None]
         y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        return by_rows(y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x))

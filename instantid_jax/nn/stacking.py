@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
+from instantid_jax.nn.placement import gathers, keep_all_but_gathered
+
 Layer = TypeVar("Layer", bound=nnx.Module)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -48,11 +50,11 @@ def scan_layers(
 def recomputed(function: Function, remat: str | bool) -> Function:
     """`function`, with its intermediate values computed again in the backward pass instead of kept, by policy.
 
-    "none" (or False) keeps all, "dots" keeps the results of matrix products with weights, "blocks" and "full" (or True)
-    keep nothing but the inputs.
+    "none" (or False) keeps all but gathered weights (`nn.placement`), "dots" keeps the results of matrix products with weights,
+    "blocks" and "full" (or True) keep nothing but the inputs.
     """
     if remat in ("none", False):
-        return function
+        return jax.checkpoint(function, policy=keep_all_but_gathered) if gathers() else function  # type: ignore[return-value]
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
     return jax.checkpoint(function, policy=policy)  # type: ignore[return-value]
 

@@ -10,6 +10,7 @@ from instantid_jax.nn.attention import Attention, IdentitySite, KeysValues
 from instantid_jax.nn.conv import Conv, resize_nearest
 from instantid_jax.nn.linear import Linear
 from instantid_jax.nn.norm import GroupNorm, LayerNorm
+from instantid_jax.nn.placement import by_rows
 from instantid_jax.nn.stacking import map_layers, scan_layers, stack_of
 
 
@@ -105,7 +106,7 @@ class Transformer2D(nnx.Module):
         def apply(block: BasicTransformerBlock, y: Array, layer: tuple[KeysValues, KeysValues | None]) -> tuple[Array, None]:
             text, keys_values = layer
             site = None if identity is None or keys_values is None else IdentitySite(keys_values, identity.scale, mask_id)
-            return block(y, text, mask, site), None
+            return by_rows(block(y, text, mask, site)), None
 
         y, _ = scan_layers(self.transformer_blocks, apply, y, (context, keys_values_id), unroll=self.compute.unroll, remat=self.compute.remat)
-        return self.proj_out(y.reshape(b, h, w, c)) + x
+        return by_rows(self.proj_out(y.reshape(b, h, w, c)) + x)

@@ -240,13 +240,14 @@ def costs(program: Program, slice_size: int | None = None) -> Costs:
     collectives: dict[str, float] = collections.defaultdict(float)
     for name, times in number.items():
         computation = program.computations[name]
+        repeated = _continues_collective(name, computation)
         for instruction in computation.values():
             if instruction.opcode == "convolution":
                 flops += times * convolution_flops(computation, instruction)
             elif instruction.opcode == "dot":
                 flops += times * _dot_flops(computation, instruction)
             kind = instruction.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
+            if kind in COLLECTIVES and not repeated:
                 sent = times * _collective_bytes(computation, instruction, kind)
                 crossing += sent if slice_size and _crosses(instruction, slice_size) else 0.0
                 # A TPU's text has a reduce-scatter as a reduction of which each device keeps its part.
@@ -318,6 +319,16 @@ def _collective_bytes(computation: Computation, instruction: Instruction, kind: 
         return given
     made = sum(a.nbytes for a in instruction.arrays)
     return made - given if instruction.opcode.endswith("-start") else made
+
+
+def _continues_collective(name: str, computation: Computation) -> bool:
+    """Whether the collective within is one that another computation has begun.
+
+    A collective that runs beside other work is written down in the fusion that starts it, in those that carry it on, and in the one
+    that waits for it.
+    """
+    done = any(i.opcode == "custom-call" and i.attribute(r'custom_call_target="([^"]+)"') == "AsyncCollectiveDone" for i in computation.values())
+    return done or name.startswith("async_collective_fusion")
 
 
 def _crosses(instruction: Instruction, slice_size: int) -> bool:

@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 
+from instantid_jax.nn.placement import SMALL
 from instantid_jax.parallel.mesh import abstract_mesh, make_mesh
-from instantid_jax.parallel.rules import SMALL, partition_spec
+from instantid_jax.parallel.rules import partition_spec
 from instantid_jax.paths import flatten
 from instantid_jax.training.config import TrainConfig
 from instantid_jax.training.program import Program

@@ -5,9 +5,10 @@ Nothing here needs weights or data: a plan for a large machine is made from it o
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ from instantid_jax.training.state import TrainState, initial_state, split
 from instantid_jax.training.step import make_evaluation, make_step
 
 __all__ = ["CompiledStep", "Program"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class CompiledStep(NamedTuple):
@@ -56,9 +59,21 @@ class Program:
         self.abstract_frozen: Tree = _placed(self.stored(frozen), mesh)
         places = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         self.initial_state = jax.jit(self._initial, out_shardings=places)
-        self.step = jax.jit(make_step(self.objective, config, self.optimizer), donate_argnums=0, out_shardings=(places, whole))
-        self.evaluate = jax.jit(make_evaluation(self.objective), out_shardings=whole)
+        step, evaluation = self._on_mesh(make_step(self.objective, config, self.optimizer)), self._on_mesh(make_evaluation(self.objective))
+        self.step = jax.jit(step, donate_argnums=0, out_shardings=(places, whole))
+        self.evaluate = jax.jit(evaluation, out_shardings=whole)
         self._compiled: dict[Any, CompiledStep] = {}
+
+    def _on_mesh(self, function: Function) -> Function:
+        """`function`, traced where layers see the mesh (`nn.placement`)."""
+        mesh = self.mesh if isinstance(self.mesh, AbstractMesh) else self.mesh.abstract_mesh
+
+        @functools.wraps(function)
+        def traced(*arguments: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(mesh):
+                return function(*arguments)
+
+        return traced  # type: ignore[return-value]
 
     def _initial(self, trained: Tree) -> TrainState:
         # The step overwrites the state's memory, so no array of it may be one that somebody else holds.

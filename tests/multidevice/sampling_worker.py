@@ -11,13 +11,13 @@ import numpy as np
 
 from instantid_jax.defaults import DEFAULT_WEIGHTS
 from instantid_jax.face import draw_kps
-from instantid_jax.parallel import rules
+from instantid_jax.nn import placement
 from instantid_jax.parallel.distributed import is_main, join
 from instantid_jax.parallel.mesh import make_mesh
 from instantid_jax.pipeline import InstantIDPipeline
 
 jax.config.update("jax_default_matmul_precision", "highest")
-rules.SMALL = 2
+placement.SMALL = 2
 KPS = np.float32([[24, 24], [40, 24], [32, 34], [26, 44], [38, 44]])
 
 

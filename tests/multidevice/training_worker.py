@@ -16,13 +16,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 import small
 
-from instantid_jax.parallel import mesh, rules
+from instantid_jax.nn import placement
+from instantid_jax.parallel import mesh
 from instantid_jax.parallel.distributed import join, to_host
 from instantid_jax.training import run as run_module
 from instantid_jax.training.loop import Run, train
 
 jax.config.update("jax_default_matmul_precision", "highest")
-rules.SMALL = 2
+placement.SMALL = 2
 
 
 def main(out, weights, mesh_shape, steps, part="quick", bad=(), joined=False, mixed_up=False):

@@ -8,8 +8,9 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from instantid_jax.config import sdxl
 from instantid_jax.models import build_networks
+from instantid_jax.nn.placement import SMALL
 from instantid_jax.parallel.mesh import make_mesh
-from instantid_jax.parallel.rules import SMALL, partition_spec
+from instantid_jax.parallel.rules import partition_spec
 from instantid_jax.paths import flatten
 
 MESH = AbstractMesh((1, 8, 2), ("data", "fsdp", "tensor"))
