@@ -29,8 +29,8 @@ _SMALL: dict[str, Any] = {
     "steps": 20,
     "sampler": "euler",
     "guidance_scale": 3.0,
-    "identitynet_scale": 1.0,
-    "ip_adapter_scale": 1.0,
+    "identitynet_scale": 1.4,
+    "ip_adapter_scale": 0.5,
 }
 
 
@@ -59,8 +59,10 @@ class SampleOptions:
     guidance_start: float = 0.0  # Fraction of the steps at which guidance begins; before it a step costs half.
     guidance_end: float = 1.0  # Fraction of the steps at which it ends, likewise.
     clip_skip: int = 0  # Text layers to leave out, counted from the last but one.
-    identitynet_scale: float | None = None  # Strength of IdentityNet: keypoints and likeness. By default 0.8 (1 with the small model).
-    ip_adapter_scale: float | None = None  # Strength of the image adapter: facial detail, likewise. Lower it first when colours burn.
+    identitynet_scale: float | None = None  # Strength of IdentityNet: keypoints and likeness. By default 0.8 (1.4 with the small model).
+    ip_adapter_scale: float | None = (
+        None  # Strength of the image adapter: facial detail; 0.8 (small model: 0.5). Lower it first when colours burn.
+    )
     control_start: float = 0.0  # Fraction of the steps at which IdentityNet (and other ControlNets) begin to act.
     control_end: float = 1.0  # Fraction of the steps at which they stop acting.
     control_interval: int = 1  # Run IdentityNet (and other ControlNets) at every so many steps, and keep what they gave in between.
