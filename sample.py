@@ -24,7 +24,7 @@ from instantid_jax.config import ComputeConfig, sdxl
 from instantid_jax.demo import count_people, draw_people, save_sheet
 from instantid_jax.face import FaceError, load_analyzer
 from instantid_jax.jobs import run_jobs
-from instantid_jax.options import check_folder, status_of, wrong_options
+from instantid_jax.options import OptionError, check_folder, status_of, wrong_options
 from instantid_jax.output import save_run
 from instantid_jax.parallel.distributed import leave
 from instantid_jax.pipeline import check_call, read_config
@@ -68,6 +68,8 @@ def run(given: SampleOptions) -> list[Path]:
         s = given.filled()
         call = s.call()
     check_files([*s.face, *s.control_image, *filter(None, (s.pose, s.control_mask))])
+    if s.is_demo and s.control_mask is not None:
+        raise OptionError("--control-mask has no meaning for the people who come along; name a photo with --face")
     check_folder(s.out)
     config = model_config(s)
     loras = read_loras(s.lora, config, s.allow_unknown_lora_keys)

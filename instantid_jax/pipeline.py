@@ -283,7 +283,8 @@ class InstantIDPipeline:
             control_guidance_start, control_guidance_end: window of the steps, as fractions, in which the nets act;
                 outside it, and at strength 0, they are not computed.
             control_mask: where IdentityNet and the adapter act: PIL or [H, W] or [H, W, 3], 0 to 255 or 0.0 to 1.0. Integers other
-                than uint8 that are only 0 and 1 count as 0.0 and 1.0.
+                than uint8 that are only 0 and 1 count as 0.0 and 1.0. Or a box in pixels, (left, top, right, bottom), cut off at the
+                picture's edges: with a face's box it is the published demo's "enhance non-face region".
             seed: picture i of the call has seed + i, so each can be made again alone.
             latents: unit-normal noise [b, h, w, c] in place of the seed's.
             sampler: one of `diffusion.SAMPLERS`.

@@ -15,14 +15,17 @@ from instantid_jax.face import (
     Identity,
     KeypointError,
     PhotoError,
+    box_mask,
     identity_from_photos,
     load_photo,
     load_precomputed,
     resize_img,
 )
 
-__all__ = ["check_files", "keypoint_picture", "read_identity", "read_mask"]
+__all__ = ["Frame", "check_files", "face_box_mask", "keypoint_picture", "on_canvas", "read_identity", "read_mask"]
 
+Frame = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
+"""What `on_canvas` takes as `frame`; `defaults.framed` is one."""
 PRECOMPUTED = (".npz", ".npy")
 
 
@@ -71,21 +74,42 @@ def keypoint_picture(
     height: int | None,
     long_side: int,
     scale: float = 1.0,
-    frame: Callable[[np.ndarray], np.ndarray] | None = None,
+    frame: Frame | None = None,
 ) -> Image.Image:
-    """The five keypoints of a pose, drawn on a canvas of the output's size; `scale` is `ModelConfig.keypoint_scale`.
+    """The five keypoints of a pose, drawn on a canvas of the output's size (`on_canvas`); `scale` is `ModelConfig.keypoint_scale`.
+
+    The keypoints are moved with the photo before they are drawn, so lines and dots always have their published thickness.
+    """
+    size, moved = on_canvas(pose, width, height, long_side, frame)
+    return Image.fromarray(draw_keypoints(size, moved(_keypoints(pose)), scale))
+
+
+def face_box_mask(pose: Identity, width: int | None, height: int | None, long_side: int, frame: Frame | None = None) -> np.ndarray:
+    """A mask that is white in the pose's face box, on the canvas of `keypoint_picture`: uint8 [h, w].
+
+    Raises `KeypointError` where the pose has no detector's box, as it comes from a stored face.
+    """
+    if pose.face is None or pose.analyzer == "precomputed":
+        raise KeypointError("no_box", "a stored face has no face box: give --pose with a photo, or draw the region as --control-mask")
+    size, moved = on_canvas(pose, width, height, long_side, frame)
+    return box_mask(size, moved(pose.face.bbox.reshape(2, 2)).ravel(), "the pose's face")
+
+
+def on_canvas(
+    pose: Identity, width: int | None, height: int | None, long_side: int, frame: Frame | None = None
+) -> tuple[tuple[int, int], Callable[[np.ndarray], np.ndarray]]:
+    """(width, height) of the output, and what moves points [n, 2] of the pose's photo to it.
 
     Without width and height the canvas has the photo's proportions, `long_side` pixels long, in multiples of 64; with one of them the
-    other follows. The
-    keypoints are moved with the photo before they are drawn, so lines and dots always have their published thickness. With
-    `frame`, which takes them to parts of a square picture, the photo's own framing does not count and the canvas is square.
+    other follows. With `frame`, which takes keypoints, and points beside them, to parts of a square picture, the photo's own framing
+    does not count and the canvas is square.
     """
-    if pose.face is None or pose.size is None:
-        raise KeypointError("no_keypoints", "the pose has no keypoints: give --pose with a photo or an .npz that holds kps and size")
+    keypoints = _keypoints(pose)
+    assert pose.size is not None
     w, h = pose.size
     if frame is not None:
         square = (width or long_side, height or long_side)
-        return Image.fromarray(draw_keypoints(square, frame(pose.face.kps) * np.asarray(square, np.float32), scale))
+        return square, lambda points: frame(keypoints, points) * np.asarray(square, np.float32)
     if width and height:
         size = (width, height)
     elif width or height:  # the other side follows from the photo's proportions
@@ -94,8 +118,13 @@ def keypoint_picture(
     else:
         factor = long_side / max(w, h)
         size = (max(64, round(w * factor) // 64 * 64), max(64, round(h * factor) // 64 * 64))
-    keypoints = np.asarray(pose.face.kps, np.float32) * np.asarray([size[0] / w, size[1] / h], np.float32)
-    return Image.fromarray(draw_keypoints(size, keypoints, scale))
+    return size, lambda points: np.asarray(points, np.float32) * np.asarray([size[0] / w, size[1] / h], np.float32)
+
+
+def _keypoints(pose: Identity) -> np.ndarray:
+    if pose.face is None or pose.size is None:
+        raise KeypointError("no_keypoints", "the pose has no keypoints: give --pose with a photo or an .npz that holds kps and size")
+    return pose.face.kps
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from instantid_jax.config import AutoencoderConfig, ModelConfig
 from instantid_jax.diffusion import Plan, Sampler, SamplerError, control_window, make_sampler
-from instantid_jax.face import FaceError, prepare_control_image
+from instantid_jax.face import FaceError, box_mask, prepare_control_image
 from instantid_jax.models.tiling import Tiling
 from instantid_jax.prediction import Pace, Shortcuts
 
@@ -287,9 +287,14 @@ class Request:
         return array
 
     def mask(self, value: Any, size: tuple[int, int]) -> np.ndarray | None:
-        """The control mask as float32 [H, W] in [0, 1]."""
+        """The control mask as float32 [H, W] in [0, 1]; four numbers are a box (`face.box_mask`)."""
         if value is None:
             return None
+        if np.shape(value) == (4,):
+            try:
+                return box_mask((size[1], size[0]), value, "control_mask").astype(np.float32) / np.float32(255)
+            except FaceError as error:
+                raise PipelineError(str(error)) from error
         given = np.asarray(value.convert("RGB") if isinstance(value, Image.Image) else value)
         array = _real("control_mask", given.astype(np.uint8) * 255 if given.dtype == bool else given)
         if array.shape[:2] != size or array.shape[2:] not in ((), (1,), (3,)):

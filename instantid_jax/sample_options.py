@@ -67,6 +67,7 @@ class SampleOptions:
     cache_interval: int = 1  # Run the whole UNet at every so many steps, in between its outermost layers alone (DeepCache). 1 is exact.
     cache_branch_id: int = 0  # How many skip connections, less one, those layers have: more is nearer to exact, and slower.
     control_mask: Path | None = None  # Picture that is white where IdentityNet and the image adapter act, black where they do not.
+    enhance_non_face_region: bool = False  # Let them act in the pose's face box alone, so that the prompt has the rest.
     lora: tuple[Path, ...] = ()  # LoRA files (kohya, diffusers, PEFT, LoCon, DoRA) for the UNet and the text towers, merged while loading.
     lora_scale: tuple[float, ...] = ()  # One strength for each --lora; 1 by default.
     allow_unknown_lora_keys: bool = False  # Leave out what is not understood in a LoRA file, with a list, instead of refusing it.
@@ -114,6 +115,10 @@ class SampleOptions:
             raise ValueError("--distributed goes with --jobs, whose pictures the processes share")
         if len(self.control_image) != len(self.controlnet) or len(self.control_scale) not in (0, len(self.controlnet)):
             raise ValueError("--control-image and --control-scale go with --controlnet: one of each for every ControlNet")
+        if self.enhance_non_face_region and self.control_mask is not None:
+            raise ValueError("--enhance-non-face-region is a mask of its own; leave out --control-mask")
+        if self.enhance_non_face_region and self.is_demo and self.jobs is None:
+            raise ValueError("--enhance-non-face-region needs a face to enhance around; name a photo with --face")
         if self.lora and self.jobs is not None:
             raise ValueError("--lora does not go with --jobs: their pictures are drawn with the weights as they are")
         if len(self.lora_scale) not in (0, len(self.lora)):

@@ -15,7 +15,7 @@ from instantid_jax.face import Identity, load_photo
 from instantid_jax.lora import Lora
 from instantid_jax.output import weights_digest
 from instantid_jax.pipeline import InstantIDPipeline, read_config
-from instantid_jax.references import keypoint_picture, read_mask
+from instantid_jax.references import face_box_mask, keypoint_picture, read_mask
 from instantid_jax.sample_options import RUN_OPTIONS, SampleOptions
 
 __all__ = ["conditions_of", "inputs_of", "model_config", "open_pipeline", "settings_of"]
@@ -48,11 +48,11 @@ def settings_of(s: SampleOptions, digest: dict[str, str] | None = None, loras: S
 
 def conditions_of(s: SampleOptions, keypoint_scale: float, pose: Identity) -> dict[str, Any]:
     """The pictures that go into the call: keypoints, those of other ControlNets, and the mask."""
-    if s.weights is None:
-        keypoints = keypoint_picture(pose, s.width, s.height, 64, keypoint_scale, framed)
-    else:
-        keypoints = keypoint_picture(pose, s.width, s.height, 1280, keypoint_scale)
+    long_side, frame = (64, framed) if s.weights is None else (1280, None)
+    keypoints = keypoint_picture(pose, s.width, s.height, long_side, keypoint_scale, frame)
     mask = None if s.control_mask is None else read_mask(s.control_mask, keypoints.size)
+    if s.enhance_non_face_region:
+        mask = face_box_mask(pose, s.width, s.height, long_side, frame)
     return {"image": [keypoints, *(load_photo(path) for path in s.control_image)], "control_mask": mask}
 
 

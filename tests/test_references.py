@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instantid_jax.face import Face, FaceAnalyzer, FaceError
-from instantid_jax.references import read_identity
+from instantid_jax.defaults import framed
+from instantid_jax.face import Face, FaceAnalyzer, FaceError, Identity, KeypointError
+from instantid_jax.references import face_box_mask, keypoint_picture, read_identity
 
 KPS = np.array([[300, 400], [600, 410], [450, 550], [330, 700], [580, 710]], np.float32)
 
@@ -73,3 +74,22 @@ def test_a_photo_too_narrow_to_resize_is_named(tmp_path: Path) -> None:
     path = tmp_path / "strip.png"
     Image.new("RGB", (640, 20)).save(path)
     assert message(path).startswith(f"{path}: resize_img: 640 x 20 would become")
+
+
+def test_the_face_box_moves_with_the_keypoints() -> None:
+    box = (250, 300, 660, 800)
+    pose = Identity(np.ones(4, np.float32), face(box), (1280, 640), "scripted")
+    mask = face_box_mask(pose, 640, None, 1280)
+    assert mask.shape == (320, 640) and set(np.unique(mask)) == {0, 255}
+    assert (mask > 0).sum() == (330 - 125) * (320 - 150) and mask[150, 125] == 255 and mask[-1, 329] == 255  # the lower edge is cut off
+    lit = np.asarray(keypoint_picture(pose, 640, None, 1280)).any(axis=-1)
+    assert lit.any() and mask[lit].mean() > 250
+    small = face_box_mask(pose, None, None, 64, framed)
+    corners = framed(KPS, np.float32(box).reshape(2, 2)) * 64
+    (left, top), (right, bottom) = corners.astype(int).clip(0, 64)
+    assert small.shape == (64, 64) and (small > 0).sum() == (right - left) * (bottom - top) > 0
+
+
+def test_a_stored_face_has_no_face_box() -> None:
+    with pytest.raises(KeypointError, match="a stored face has no face box: give --pose with a photo"):
+        face_box_mask(Identity(np.ones(4, np.float32), face((0, 0, 9, 9)), (1280, 640), "precomputed"), None, None, 64)

@@ -16,6 +16,7 @@ from instantid_jax.face.identity import (
 )
 from instantid_jax.face.keypoints import KEYPOINT_COLORS, draw_kps
 from instantid_jax.face.photo import load_photo, prepare_control_image, resize_img, to_rgb
+from instantid_jax.face.region import box_mask, check_box
 
 __all__ = [
     "ANALYZERS",
@@ -34,6 +35,8 @@ __all__ = [
     "PhotoReport",
     "align",
     "analyze_photo",
+    "box_mask",
+    "check_box",
     "check_embedding",
     "draw_kps",
     "examine_photo",

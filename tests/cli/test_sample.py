@@ -225,6 +225,9 @@ def test_every_option_reaches_the_call(stub: Stub, tmp_path: Path) -> None:
         ("--lora a --lora b --lora-scale 1", 2, "--lora-scale has 1 strengths for 2 --lora files; give one for each, or none"),
         ("--preset hyper-8 --sampler-option timestep_spacing=x", 2, "'timestep_spacing' of sampler 'ddim' must be 'leading'"),
         ("--preset lcm --steps 60", 2, "use fewer steps"),
+        ("--enhance-non-face-region", 2, "--enhance-non-face-region needs a face"),
+        ("--face README.md --enhance-non-face-region --control-mask README.md", 2, "leave out --control-mask"),
+        ("--control-mask README.md", 2, "--control-mask has no meaning for the people who come along"),
     ],
 )
 def test_bad_input_gets_one_sentence_before_weights_are_loaded(
