@@ -29,10 +29,10 @@ from instantid_jax.output import save_run
 from instantid_jax.parallel.distributed import leave
 from instantid_jax.pipeline import check_call, read_config
 from instantid_jax.progress import CompileSeconds, StepBar
-from instantid_jax.references import check_files, read_identity
+from instantid_jax.references import read_identity
 from instantid_jax.request import in_options
 from instantid_jax.sample_options import SampleOptions, gathered
-from instantid_jax.sampling import conditions_of, inputs_of, model_config, open_pipeline, settings_of
+from instantid_jax.sampling import conditions_of, group_conditions, inputs_of, model_config, open_pipeline, read_people, settings_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def run(given: SampleOptions) -> list[Path]:
         given.check()
         s = given.filled()
         call = s.call()
-    check_files([*s.face, *s.control_image, *filter(None, (s.pose, s.control_mask))])
+    listed = read_people(s)
     if s.is_demo and s.control_mask is not None:
         raise OptionError("--control-mask has no meaning for the people who come along; name a photo with --face")
     check_folder(s.out)
@@ -80,21 +80,26 @@ def run(given: SampleOptions) -> list[Path]:
         pose = read_identity((s.pose,), analyzer, face_index=s.pose_face_index) if s.pose else None
     except FaceError as error:
         raise ValueError(str(error).replace("--face-index", "--pose-face-index")) from error
-    if s.is_demo:
-        identity, backend = None, analyzer()
+    identity = keypoints = None
+    if listed is not None:
+        conditions, keypoints = group_conditions(s, config, listed, analyzer)
+        call |= conditions
+    elif s.is_demo:
+        analyzer()  # a missing one is told before the weights are read
     else:
         identity = read_identity(s.face, analyzer, config.resampler.embedding_dim, s.face_index)
         call |= conditions_of(s, config.keypoint_scale, pose or identity) | {"image_embeds": identity.embedding}
+        keypoints = call["image"][0]
     pipe = open_pipeline(s, loras)
     settings = settings_of(s, loras=loras)
     began = time.perf_counter()
     with StepBar(request.plan.num_calls * (count_people() if s.is_demo else 1)) as bar, CompileSeconds() as compiling:
-        if identity is None:
-            sheet = draw_people(pipe, backend, call | {"prompt": given.prompt}, pose, bar.on_step)
+        if keypoints is None:
+            sheet = draw_people(pipe, analyzer(), call | {"prompt": given.prompt}, pose, bar.on_step)
             count, save = len(sheet.rows) * len(sheet.prompts), functools.partial(save_sheet, s.out, sheet, settings)
         else:
             images = pipe(**call, on_step=bar.on_step).images
-            count, save = len(images), functools.partial(save_run, s.out, images, call["image"][0], inputs_of(s), settings)
+            count, save = len(images), functools.partial(save_run, s.out, images, keypoints, inputs_of(s, listed), settings)
         seconds = time.perf_counter() - began
     print(f"compiled in {compiling.total:.1f} s, made {count} picture(s) in {seconds - compiling.total:.1f} s")
     return save()

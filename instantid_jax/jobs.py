@@ -77,6 +77,8 @@ def run_jobs(given: SampleOptions) -> int:
         join(given.coordinator, given.processes, given.process)
     if given.num_images != 1:
         raise ValueError("--num-images is not for --jobs; list the seeds in the file")
+    if given.people is not None:
+        raise ValueError("--people is not for --jobs, whose pictures show one person each")
     check_files([given.jobs])
     check_folder(given.out)
     config = model_config(given)

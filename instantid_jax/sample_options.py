@@ -34,7 +34,7 @@ _SMALL: dict[str, Any] = {
 }
 
 
-RUN_OPTIONS = ("out", "jobs", "aot", "distributed", "coordinator", "processes", "process")
+RUN_OPTIONS = ("out", "people", "jobs", "aot", "distributed", "coordinator", "processes", "process")
 """Options that say where and how, and decide nothing of a picture."""
 
 
@@ -44,6 +44,7 @@ class SampleOptions:
 
     weights: Path | None = None  # Folder that `python -m convert_weights import` or train.py wrote; without it the small model that comes along.
     face: tuple[Path, ...] = ()  # One photo of the person or several (averaged), or one .npz/.npy with a face vector and keypoints.
+    people: Path | None = None  # Several people in one picture: a TOML or JSON file of faces and places (docs/composing.md), instead of --face.
     pose: Path | None = None  # Photo (or .npz) whose keypoints give the pose; the first face photo's by default.
     prompt: str | None = None  # What to make; by default a film photo.
     negative_prompt: str | None = None  # What to avoid. Leaving it out is not the same as an empty text.
@@ -96,7 +97,7 @@ class SampleOptions:
     @property
     def is_demo(self) -> bool:
         """Whether nothing says whom to draw: then it is the people who come along, and several prompts where none is given."""
-        return self.weights is None and not self.face
+        return self.weights is None and not self.face and self.people is None
 
     def filled(self) -> SampleOptions:
         """With the defaults of the model that is used, where nothing was given."""
@@ -125,7 +126,11 @@ class SampleOptions:
             raise ValueError(f"--lora-scale has {len(self.lora_scale)} strengths for {len(self.lora)} --lora files; give one for each, or none")
         if self.weights is None and self.controlnet:
             raise ValueError("--controlnet needs --weights: the small model has no other ControlNets")
-        if not self.face and self.weights is not None:
+        if self.people is not None:
+            beside = ("face", "pose", "control_mask", "enhance_non_face_region", "face_index", "pose_face_index")
+            if given := next((name for name in beside if getattr(self, name) not in (None, (), False)), None):
+                raise ValueError(f"--people names faces and places in its file; leave out --{given.replace('_', '-')}")
+        elif not self.face and self.weights is not None:
             raise ValueError("no --face given: name a photo of the person")
 
     def call(self) -> dict[str, Any]:

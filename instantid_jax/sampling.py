@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,16 @@ from typing import Any
 from instantid_jax import __version__
 from instantid_jax.config import ModelConfig
 from instantid_jax.defaults import DEFAULT_WEIGHTS, NOTICE, default_config, default_pipeline, framed
-from instantid_jax.face import Identity, load_photo
+from instantid_jax.face import FaceAnalyzer, Identity, load_photo
+from instantid_jax.group import Canvas, group_of
 from instantid_jax.lora import Lora
 from instantid_jax.output import weights_digest
+from instantid_jax.people_file import PeopleFile, read_people_file
 from instantid_jax.pipeline import InstantIDPipeline, read_config
-from instantid_jax.references import face_box_mask, keypoint_picture, read_mask
+from instantid_jax.references import check_files, face_box_mask, keypoint_picture, read_mask
 from instantid_jax.sample_options import RUN_OPTIONS, SampleOptions
 
-__all__ = ["conditions_of", "inputs_of", "model_config", "open_pipeline", "settings_of"]
+__all__ = ["conditions_of", "group_conditions", "inputs_of", "model_config", "open_pipeline", "read_people", "settings_of"]
 
 ELSEWHERE = ("num_images", "face", "pose", "control_image", "control_mask", *RUN_OPTIONS)
 """Options that are not stored as settings: names and hashes of the files tell them."""
@@ -56,8 +58,33 @@ def conditions_of(s: SampleOptions, keypoint_scale: float, pose: Identity) -> di
     return {"image": [keypoints, *(load_photo(path) for path in s.control_image)], "control_mask": mask}
 
 
-def inputs_of(s: SampleOptions) -> dict[str, Sequence[Path]]:
+def read_people(s: SampleOptions) -> PeopleFile | None:
+    """The people file, where one is named. Raises `PhotoError` for any file of the options or of the people file that is not there."""
+    check_files([*s.face, *s.control_image, *filter(None, (s.pose, s.control_mask, s.people))])
+    listed = None if s.people is None else read_people_file(s.people)
+    check_files([] if listed is None else listed.files)
+    return listed
+
+
+def group_conditions(s: SampleOptions, config: ModelConfig, listed: PeopleFile, analyzer: Callable[[], FaceAnalyzer]) -> tuple[dict[str, Any], Any]:
+    """The same of several people, and a picture of all their keypoints."""
+    small = s.weights is None
+    canvas = Canvas(s.width, s.height, 64 if small else 1024, config.keypoint_scale, framed if small else None)
+    people, keypoints = group_of(listed, analyzer, config.resampler.embedding_dim, canvas)
+    return {"image": [load_photo(path) for path in s.control_image], "people": people, "max_people": len(people)}, keypoints
+
+
+def inputs_of(s: SampleOptions, listed: PeopleFile | None = None) -> dict[str, Sequence[Path]]:
     """The files that go in, by what they are."""
+    if listed is not None:
+        poses = [listed.pose, *(person.pose for person in listed.people)]
+        return {
+            "people": (s.people,) if s.people else (),
+            "face": [path for person in listed.people for path in person.face],
+            "pose": [path for path in poses if path],
+            "control": s.control_image,
+            "mask": [person.mask for person in listed.people if person.mask],
+        }
     return {
         "face": s.face,
         "pose": (s.pose,) if s.pose else (),

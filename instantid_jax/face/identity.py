@@ -30,6 +30,7 @@ __all__ = [
     "analyze_photo",
     "check_embedding",
     "examine_photo",
+    "find_faces",
     "identity_from_photos",
     "largest_face",
     "load_precomputed",
@@ -134,6 +135,15 @@ def _find(analyzer: FaceAnalyzer, image: np.ndarray) -> tuple[list[Face], int, i
             faces = [replace(face, bbox=face.bbox - shift, kps=face.kps - shift) for face in found]
             return sorted(faces, key=lambda face: float(face.bbox[0] + face.bbox[2])), det_size, border
     return [], DET_SIZES[-1], 0
+
+
+def find_faces(analyzer: FaceAnalyzer, image: Photo, *, name: str = "photo") -> list[Face]:
+    """All faces of a photo from left to right, in pixels of that photo, looked for as in `analyze_photo`. Raises `FaceError` where there is none."""
+    pixels = rgb_array(image, name)
+    faces = _find(analyzer, pixels)[0]
+    if not faces:
+        raise FaceError("no_face", f"{name}: no face found in {pixels.shape[1]} x {pixels.shape[0]} pixels, even at smaller sizes and with borders")
+    return [replace(face, kps=check_keypoints(face.kps, name).astype(np.float32)) for face in faces]
 
 
 def _choose(faces: Sequence[Face], face_index: int | None, on_several: OnSeveral, name: str, scale: np.ndarray) -> Face:
