@@ -41,7 +41,7 @@ PROMPTS = {
 
 ASSETS = Path(str(resources.files("instantid_jax") / "assets" / "portraits"))
 DEFAULT_WEIGHTS = ASSETS / "model"
-_EYES, _EYE_DISTANCE, _EYES_TO_MOUTH = (0.5, 0.5), 0.228, 0.248  # of the rendered heads, in picture sides
+EYES, EYE_DISTANCE, _EYES_TO_MOUTH = (0.5, 0.5), 0.228, 0.248  # of the rendered heads, in picture sides
 
 
 class Person(NamedTuple):
@@ -79,8 +79,8 @@ def framed(keypoints: np.ndarray, points: np.ndarray | None = None) -> np.ndarra
     """
     keypoints = np.asarray(keypoints, np.float32)
     eyes, mouth = keypoints[:2].mean(0), keypoints[3:].mean(0)
-    size = max(np.linalg.norm(keypoints[1] - keypoints[0]) / _EYE_DISTANCE, np.linalg.norm(mouth - eyes) / _EYES_TO_MOUTH)
-    return (np.asarray(keypoints if points is None else points, np.float32) - eyes) / np.float32(size) + np.asarray(_EYES, np.float32)
+    size = max(np.linalg.norm(keypoints[1] - keypoints[0]) / EYE_DISTANCE, np.linalg.norm(mouth - eyes) / _EYES_TO_MOUTH)
+    return (np.asarray(keypoints if points is None else points, np.float32) - eyes) / np.float32(size) + np.asarray(EYES, np.float32)
 
 
 def random_pipeline(seed: int = 0, dtype: str = "float32") -> InstantIDPipeline:

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from instantid_jax import __version__
 from instantid_jax.config import ModelConfig
 from instantid_jax.defaults import DEFAULT_WEIGHTS, NOTICE, default_config, default_pipeline, framed
@@ -22,7 +24,7 @@ from instantid_jax.sample_options import RUN_OPTIONS, SampleOptions
 
 __all__ = ["conditions_of", "group_conditions", "inputs_of", "model_config", "open_pipeline", "read_people", "settings_of"]
 
-ELSEWHERE = ("num_images", "face", "pose", "control_image", "control_mask", *RUN_OPTIONS)
+ELSEWHERE = ("num_images", "face", "blend", "pose", "control_image", "control_mask", *RUN_OPTIONS)
 """Options that are not stored as settings: names and hashes of the files tell them."""
 
 
@@ -48,10 +50,10 @@ def settings_of(s: SampleOptions, digest: dict[str, str] | None = None, loras: S
     return {name: value for name, value in asdict(s).items() if name not in ELSEWHERE} | about
 
 
-def conditions_of(s: SampleOptions, keypoint_scale: float, pose: Identity) -> dict[str, Any]:
-    """The pictures that go into the call: keypoints, those of other ControlNets, and the mask."""
+def conditions_of(s: SampleOptions, keypoint_scale: float, pose: Identity, drawn: Image.Image | None = None) -> dict[str, Any]:
+    """The pictures that go into the call: keypoints (the pose's, or those that are `drawn`), those of other ControlNets, and the mask."""
     long_side, frame = (64, framed) if s.weights is None else (1280, None)
-    keypoints = keypoint_picture(pose, s.width, s.height, long_side, keypoint_scale, frame)
+    keypoints = drawn or keypoint_picture(pose, s.width, s.height, long_side, keypoint_scale, frame)
     mask = None if s.control_mask is None else read_mask(s.control_mask, keypoints.size)
     if s.enhance_non_face_region:
         mask = face_box_mask(pose, s.width, s.height, long_side, frame)
@@ -60,7 +62,7 @@ def conditions_of(s: SampleOptions, keypoint_scale: float, pose: Identity) -> di
 
 def read_people(s: SampleOptions) -> PeopleFile | None:
     """The people file, where one is named. Raises `PhotoError` for any file of the options or of the people file that is not there."""
-    check_files([*s.face, *s.control_image, *filter(None, (s.pose, s.control_mask, s.people))])
+    check_files([*s.face, *s.blend, *s.control_image, *filter(None, (s.pose, s.control_mask, s.people))])
     listed = None if s.people is None else read_people_file(s.people)
     check_files([] if listed is None else listed.files)
     return listed
@@ -87,6 +89,7 @@ def inputs_of(s: SampleOptions, listed: PeopleFile | None = None) -> dict[str, S
         }
     return {
         "face": s.face,
+        "blend": s.blend,
         "pose": (s.pose,) if s.pose else (),
         "control": s.control_image,
         "mask": (s.control_mask,) if s.control_mask else (),

@@ -1,6 +1,8 @@
 """What is said of a photo is said in the pixels of its file, whatever it was resized to."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from PIL import Image
 
 from instantid_jax.defaults import framed
 from instantid_jax.face import Face, FaceAnalyzer, FaceError, Identity, KeypointError
-from instantid_jax.references import face_box_mask, keypoint_picture, read_identity
+from instantid_jax.references import face_box_mask, keypoint_picture, photos_table, read_identity
 
 KPS = np.array([[300, 400], [600, 410], [450, 550], [330, 700], [580, 710]], np.float32)
 
@@ -93,3 +95,36 @@ def test_the_face_box_moves_with_the_keypoints() -> None:
 def test_a_stored_face_has_no_face_box() -> None:
     with pytest.raises(KeypointError, match="a stored face has no face box: give --pose with a photo"):
         face_box_mask(Identity(np.ones(4, np.float32), face((0, 0, 9, 9)), (1280, 640), "precomputed"), None, None, 64)
+
+
+def test_a_pose_from_json(tmp_path: Path) -> None:
+    path = tmp_path / "pose.json"
+    path.write_text(json.dumps({"keypoints": KPS.tolist(), "size": [1280, 960]}))
+    pose = read_identity((path,), lambda: Scripted())
+    assert pose.size == (1280, 960) and pose.kps is not None
+    np.testing.assert_array_equal(pose.kps, KPS)
+    assert keypoint_picture(pose, 640, None, 1280).size == (640, 480)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"keypoints": KPS.tolist()}, "needs keypoints and size"),
+        ([1], "needs keypoints and size"),
+        ({"keypoints": [[1, 2]], "size": [9, 9]}, r"keypoints must be five \[x, y\]"),
+        ({"keypoints": "x", "size": [9, 9]}, "is no file of keypoints"),
+        ({"keypoints": KPS.tolist(), "size": [9.5, 9]}, "size must be two whole numbers"),
+        ({"keypoints": KPS.tolist(), "size": [9, 9]}, "all keypoints lie outside the picture of 9 x 9 pixels"),
+    ],
+)
+def test_a_wrong_file_of_keypoints_is_told(content: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "pose.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(KeypointError, match=message):
+        read_identity((path,), lambda: Scripted())
+
+
+def test_a_line_for_each_photo(photo: Path) -> None:
+    identity = read_identity((photo, photo), lambda: Scripted(face((0, 0, 640, 640))), 4, None, "mean", (3, 1))
+    assert photos_table(identity).splitlines() == [f"small.png: counts {w}, similarity to the others 1.00, length 2.0" for w in ("0.75", "0.25")]
+    assert photos_table(read_identity((photo,), lambda: Scripted(face((0, 0, 640, 640))))) == ""

@@ -17,13 +17,22 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for l
 SAMPLE = [line.removeprefix("python sample.py ") for line in COMMANDS if line.startswith("python sample.py ")]
 
 
-@pytest.mark.parametrize("command", SAMPLE, ids=lambda command: next(word for word in command.split() if word.startswith("--")))
-def test_commands_draw(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", SAMPLE, ids=lambda command: " ".join(re.findall(r"--\S+", command)))
+def test_commands_draw(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     assert sample.main([*shlex.split(command), "--steps", "2", "--out", str(tmp_path)]) == 0
-    with Image.open(tmp_path / "000000.png") as image:
+    first = min(path for path in tmp_path.iterdir() if path.name != "sheet.png")
+    with Image.open(first) as image:
         assert np.asarray(image).std() > 5
-    settings = read_settings(tmp_path / "000000.png")
+    settings = read_settings(first)
+    if "--view" in command or "--blend" in command:
+        pictures = sorted(path for path in tmp_path.iterdir() if path.name != "sheet.png")
+        assert len(pictures) == 5 and len({path.read_bytes() for path in pictures}) == 5
+        assert settings["variant"] == ("yaw=-30" if "--view" in command else "0.00")
+    if "--face-combine" in command:
+        lines = capsys.readouterr().out.splitlines()[:3]
+        assert [line.split(":")[0] for line in lines] == ["person_1.png", "person_15.png", "person_17.png"]
+        assert "counts 0.50, similarity to the others" in lines[0] and settings["face_weight"] == [2.0, 1.0, 1.0]
     if "--people" in command:
         assert settings["size"] == "128x64" and len(settings["face_sha256"]) == 2 and len(settings["people_sha256"]) == 1
         with Image.open(tmp_path / "sheet.png") as sheet:
