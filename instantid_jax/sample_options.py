@@ -36,7 +36,7 @@ _SMALL: dict[str, Any] = {
 }
 
 
-RUN_OPTIONS = ("out", "people", "jobs", "aot", "distributed", "coordinator", "processes", "process")
+RUN_OPTIONS = ("out", "jobs", "aot", "distributed", "coordinator", "processes", "process")
 """Options that say where and how, and decide nothing of a picture."""
 NOT_FOR_JOBS = ("people", "view", "blend", "blend_steps", "blend_how")
 """Options of a single run that shows more than one person in one pose."""
