@@ -24,15 +24,16 @@ from instantid_jax.config import ComputeConfig, sdxl
 from instantid_jax.demo import count_people, draw_people, save_sheet
 from instantid_jax.face import FaceError, load_analyzer
 from instantid_jax.jobs import run_jobs
-from instantid_jax.options import check_folder, status_of, wrong_options
+from instantid_jax.options import OptionError, check_folder, status_of, wrong_options
 from instantid_jax.output import save_run
 from instantid_jax.parallel.distributed import leave
 from instantid_jax.pipeline import check_call, read_config
 from instantid_jax.progress import CompileSeconds, StepBar
-from instantid_jax.references import check_files, read_identity
+from instantid_jax.references import photos_table, read_identity
 from instantid_jax.request import in_options
 from instantid_jax.sample_options import SampleOptions, gathered
-from instantid_jax.sampling import conditions_of, inputs_of, model_config, open_pipeline, settings_of
+from instantid_jax.sampling import conditions_of, group_conditions, inputs_of, model_config, open_pipeline, read_people, settings_of
+from instantid_jax.variants import draw_variants, save_variants, variants_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,7 +68,9 @@ def run(given: SampleOptions) -> list[Path]:
         given.check()
         s = given.filled()
         call = s.call()
-    check_files([*s.face, *s.control_image, *filter(None, (s.pose, s.control_mask))])
+    listed = read_people(s)
+    if s.is_demo and s.control_mask is not None:
+        raise OptionError("--control-mask has no meaning for the people who come along; name a photo with --face")
     check_folder(s.out)
     config = model_config(s)
     loras = read_loras(s.lora, config, s.allow_unknown_lora_keys)
@@ -78,21 +81,32 @@ def run(given: SampleOptions) -> list[Path]:
         pose = read_identity((s.pose,), analyzer, face_index=s.pose_face_index) if s.pose else None
     except FaceError as error:
         raise ValueError(str(error).replace("--face-index", "--pose-face-index")) from error
-    if s.is_demo:
-        identity, backend = None, analyzer()
+    keypoints, variants = None, []
+    if listed is not None:
+        conditions, keypoints = group_conditions(s, config, listed, analyzer)
+        call |= conditions
+    elif s.is_demo:
+        analyzer()  # a missing one is told before the weights are read
     else:
-        identity = read_identity(s.face, analyzer, config.resampler.embedding_dim, s.face_index)
-        call |= conditions_of(s, config.keypoint_scale, pose or identity) | {"image_embeds": identity.embedding}
+        identity = read_identity(s.face, analyzer, config.resampler.embedding_dim, s.face_index, s.face_combine, s.face_weight or None)
+        print(photos_table(identity), end="\n" if len(identity.reports) > 1 else "")
+        variants = variants_of(s, config, identity, analyzer)
+        drawn = variants[0].change.get("image") if variants else None
+        call |= conditions_of(s, config.keypoint_scale, pose or identity, drawn) | {"image_embeds": identity.embedding}
+        keypoints = call["image"][0]
     pipe = open_pipeline(s, loras)
     settings = settings_of(s, loras=loras)
     began = time.perf_counter()
-    with StepBar(request.plan.num_calls * (count_people() if s.is_demo else 1)) as bar, CompileSeconds() as compiling:
-        if identity is None:
-            sheet = draw_people(pipe, backend, call | {"prompt": given.prompt}, pose, bar.on_step)
+    with StepBar(request.plan.num_calls * (count_people() if s.is_demo else len(variants) or 1)) as bar, CompileSeconds() as compiling:
+        if keypoints is None:
+            sheet = draw_people(pipe, analyzer(), call | {"prompt": given.prompt}, pose, bar.on_step)
             count, save = len(sheet.rows) * len(sheet.prompts), functools.partial(save_sheet, s.out, sheet, settings)
+        elif variants:
+            rows = draw_variants(pipe, call, variants, bar.on_step)
+            count, save = sum(map(len, rows)), functools.partial(save_variants, s.out, variants, rows, inputs_of(s), settings)
         else:
             images = pipe(**call, on_step=bar.on_step).images
-            count, save = len(images), functools.partial(save_run, s.out, images, call["image"][0], inputs_of(s), settings)
+            count, save = len(images), functools.partial(save_run, s.out, images, keypoints, inputs_of(s, listed), settings)
         seconds = time.perf_counter() - began
     print(f"compiled in {compiling.total:.1f} s, made {count} picture(s) in {seconds - compiling.total:.1f} s")
     return save()

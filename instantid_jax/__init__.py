@@ -6,12 +6,13 @@ from instantid_jax.config import ModelConfig, SchedulerConfig, UNetConfig, sdxl,
 
 if TYPE_CHECKING:
     from instantid_jax.face import FaceAnalyzer
+    from instantid_jax.people import Person
     from instantid_jax.pipeline import InstantIDPipeline
 
 __version__ = "0.1.0"
-__all__ = ["FaceAnalyzer", "InstantIDPipeline", "ModelConfig", "SchedulerConfig", "UNetConfig", "__version__", "sdxl", "tiny"]
+__all__ = ["FaceAnalyzer", "InstantIDPipeline", "ModelConfig", "Person", "SchedulerConfig", "UNetConfig", "__version__", "sdxl", "tiny"]
 
-_LAZY = {"InstantIDPipeline": "instantid_jax.pipeline", "FaceAnalyzer": "instantid_jax.face"}
+_LAZY = {"InstantIDPipeline": "instantid_jax.pipeline", "FaceAnalyzer": "instantid_jax.face", "Person": "instantid_jax.people"}
 
 
 def __getattr__(name: str) -> Any:

@@ -41,7 +41,7 @@ PROMPTS = {
 
 ASSETS = Path(str(resources.files("instantid_jax") / "assets" / "portraits"))
 DEFAULT_WEIGHTS = ASSETS / "model"
-_EYES, _EYE_DISTANCE, _EYES_TO_MOUTH = (0.5, 0.5), 0.228, 0.248  # of the rendered heads, in picture sides
+EYES, EYE_DISTANCE, _EYES_TO_MOUTH = (0.5, 0.5), 0.228, 0.248  # of the rendered heads, in picture sides
 
 
 class Person(NamedTuple):
@@ -71,16 +71,16 @@ def people() -> list[Person]:
     return [Person(name, folder / f"{name}.png", np.asarray(about["pose"], np.float32)) for name, about in listed.items()]
 
 
-def framed(keypoints: np.ndarray) -> np.ndarray:
+def framed(keypoints: np.ndarray, points: np.ndarray | None = None) -> np.ndarray:
     """Keypoints [5, 2] of any photo moved and scaled to where the small model's heads have theirs: [5, 2] in picture sides.
 
     The pose of the head is kept. Of a turned head the eyes are closer together and of a nodding one the mouth nearer to them, so
-    the larger of the two distances counts.
+    the larger of the two distances counts. With `points` [n, 2], these are moved as the keypoints would be.
     """
     keypoints = np.asarray(keypoints, np.float32)
     eyes, mouth = keypoints[:2].mean(0), keypoints[3:].mean(0)
-    size = max(np.linalg.norm(keypoints[1] - keypoints[0]) / _EYE_DISTANCE, np.linalg.norm(mouth - eyes) / _EYES_TO_MOUTH)
-    return (keypoints - eyes) / np.float32(size) + np.asarray(_EYES, np.float32)
+    size = max(np.linalg.norm(keypoints[1] - keypoints[0]) / EYE_DISTANCE, np.linalg.norm(mouth - eyes) / _EYES_TO_MOUTH)
+    return (np.asarray(keypoints if points is None else points, np.float32) - eyes) / np.float32(size) + np.asarray(EYES, np.float32)
 
 
 def random_pipeline(seed: int = 0, dtype: str = "float32") -> InstantIDPipeline:

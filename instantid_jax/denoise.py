@@ -56,15 +56,18 @@ class Conditions(NamedTuple):
     added: AddedConditions
     """Pooled text [B, p] and sizes [B, 6]."""
     identity_tokens: Array
-    """Resampler output [B, n, c]; the unconditional half is the resampler of zeros."""
+    """Resampler output [B, n, c], of several people [B, people, n, c]; the unconditional half is the resampler of zeros."""
     images: tuple[Array, ...]
-    """Control pictures in [0, 1], [1 or B, H, W, 3]: the keypoints for IdentityNet, then one for every other ControlNet."""
+    """Control pictures in [0, 1], [1 or B, H, W, 3]: the keypoints for IdentityNet (of several people [1 or B, people, H, W, 3]), then one
+    for every other ControlNet."""
     control_scales: Array
-    """[steps, nets]: strength of each net in each step, already zero outside its window."""
+    """[steps, nets] or [steps, nets, 1 or people, 1 or residuals]: strength of each net in each step, already zero outside its window.
+    A person whose strengths are zero is not computed."""
     adapter_scale: Array
-    """[steps]: strength of the image adapter in each step."""
+    """[steps] or [steps, 1 or people, 1 or layers]: strength of the image adapter in each step."""
     control_mask: Array | None
-    """[1 or B, H, W] in [0, 1]: where IdentityNet and the image adapter act; None is everywhere."""
+    """[1 or B, H, W] in [0, 1]: where IdentityNet and the image adapter act; None is everywhere. Several people have one each:
+    [1 or B, H, W, people]."""
 
 
 class Inputs(NamedTuple):
@@ -122,14 +125,15 @@ def _normal(keys: Array, index: Array | int, shape: tuple[int, ...]) -> Array:
 
 
 def control_masks(mask: Array, size: tuple[int, int], levels: int) -> MaskOfSize:
-    """The picture-sized mask [b, H, W] at the resolution `size` of the latent and of `levels` - 1 halvings, each rounded up.
+    """The picture-sized mask [b, H, W] or [b, H, W, p] at the resolution `size` of the latent and of `levels` - 1 halvings, each rounded up.
 
     Bilinear, half-pixel centres, no antialiasing.
     """
     out: MaskOfSize = {}
+    mask = mask if mask.ndim == 4 else mask[..., None]
     for _ in range(levels):
-        rows, columns = (_bilinear_taps(n, m) for n, m in zip(mask.shape[1:], size, strict=True))
-        out[size] = jnp.einsum("hH,bHW,wW->bhw", rows, mask, columns)[..., None]
+        rows, columns = (_bilinear_taps(n, m) for n, m in zip(mask.shape[1:3], size, strict=True))
+        out[size] = jnp.einsum("hH,bHWp,wW->bhwp", rows, mask, columns)
         size = -(-size[0] // 2), -(-size[1] // 2)
     return out
 
@@ -211,14 +215,19 @@ def denoise(
 
     # What does not depend on the latents is computed before the loop: keys and values of text and identity, features of the
     # pictures, masks, and the embeddings of all times.
-    contexts = [nets[0].project_context(conditions.identity_tokens)]
+    several = conditions.identity_tokens.ndim == 4
+    project, attended, embed = nets[0].project_context, adapter, nets[0].embed_condition
+    if several:
+        project, attended, embed = jax.vmap(project, 1, 2), jax.vmap(adapter, 1, 2), jax.vmap(embed, 1, 1)
+    contexts = [project(conditions.identity_tokens)]
     contexts += [net.project_context(conditions.text, conditions.text_mask) for net in nets[1:]]
-    features = [net.embed_condition(image) for net, image in zip(nets, conditions.images, strict=True)]
+    features = [embed(conditions.images[0])]
+    features += [net.embed_condition(image) for net, image in zip(nets[1:], conditions.images[1:], strict=True)]
     mask = conditions.control_mask
     levels = len(denoiser.identitynet.config.block_out_channels)
     fixed = Fixed(
         text=unet.project_context(conditions.text, conditions.text_mask),
-        identity=adapter(conditions.identity_tokens),
+        identity=attended(conditions.identity_tokens),
         contexts=tuple(contexts),
         features=tuple(jnp.broadcast_to(f, (batch, *f.shape[1:])) for f in features),
         mask=mask,

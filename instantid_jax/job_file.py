@@ -20,14 +20,16 @@ from instantid_jax.config import ModelConfig
 from instantid_jax.pipeline import check_call
 from instantid_jax.published import did_you_mean
 from instantid_jax.request import in_options
-from instantid_jax.sample_options import RUN_OPTIONS, SampleOptions
+from instantid_jax.sample_options import NOT_FOR_JOBS, RUN_OPTIONS, SampleOptions
 
 __all__ = ["JobError", "Picture", "in_fields", "read_jobs"]
 
 COMMON = ("weights", "weights_dtype", "lora", "lora_scale", "allow_unknown_lora_keys", "controlnet", "analyzer", "analyzer_root", "dtype")
 """Options that are the same for all jobs: on the command line alone."""
 
-_HINTS = {name: hint for name, hint in typing.get_type_hints(SampleOptions).items() if name not in (*RUN_OPTIONS, *COMMON, "num_images")}
+_HINTS = {
+    name: hint for name, hint in typing.get_type_hints(SampleOptions).items() if name not in (*RUN_OPTIONS, *COMMON, *NOT_FOR_JOBS, "num_images")
+}
 _KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {
     Path: (str, "a path"),
     str: (str, "a text"),

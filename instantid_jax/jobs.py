@@ -77,6 +77,8 @@ def run_jobs(given: SampleOptions) -> int:
         join(given.coordinator, given.processes, given.process)
     if given.num_images != 1:
         raise ValueError("--num-images is not for --jobs; list the seeds in the file")
+    if several := next((name for name in ("people", "view", "blend") if getattr(given, name)), None):
+        raise ValueError(f"--{several} is not for --jobs, whose pictures show one person in one pose each")
     check_files([given.jobs])
     check_folder(given.out)
     config = model_config(given)
@@ -186,7 +188,7 @@ class _Drawing:
         try:
             check_files([*s.control_image, *filter(None, (s.control_mask,))])
             pose = self._person((s.pose,), None, s.pose_face_index) if s.pose else None
-            identity = self._person(s.face, config.resampler.embedding_dim, s.face_index)
+            identity = self._person(s.face, config.resampler.embedding_dim, s.face_index, s.face_combine, s.face_weight or None)
             conditions, call = conditions_of(s, config.keypoint_scale, pose or identity), s.call()
         except AnalyzerError:
             raise  # no picture can be made without it
@@ -203,13 +205,13 @@ class _Drawing:
             return self._fail(task, "refused", in_fields(str(error)))
         return _Prepared(task, request, inputs)
 
-    def _person(self, paths: tuple[Path, ...], embedding_dim: int | None, face_index: int | None) -> Identity:
-        """Whom the photos show; they are looked at once."""
-        key = paths, embedding_dim, face_index
+    def _person(self, paths: tuple[Path, ...], embedding_dim: int | None, face_index: int | None, *combined: Any) -> Identity:
+        """Whom the photos show; they are looked at once. The arguments are `read_identity`'s."""
+        key = paths, embedding_dim, face_index, *combined
         if key not in self.people:
             try:
                 check_files(paths)
-                self.people[key] = read_identity(paths, self.analyzer, embedding_dim, face_index)
+                self.people[key] = read_identity(paths, self.analyzer, embedding_dim, face_index, *combined)
             except AnalyzerError:
                 raise
             except (FaceError, OSError) as error:

@@ -136,7 +136,7 @@ def save_run(
     paths = [free_path(out / f"{seed:06d}.png", settings | {"seed": seed}) for seed in seeds]
     for path, image, seed in zip(paths, images, seeds, strict=True):
         save_png(image, path, settings | {"seed": seed})
-    given = [(kind, path) for kind, files in inputs.items() for path in files if path.suffix not in (".npz", ".npy")]
+    given = [(kind, path) for kind, files in inputs.items() for path in files if path.suffix not in (".npz", ".npy", ".toml", ".json")]
     shown = [(f"{kind}: {path.name}", load_photo(path)) for kind, path in given]
     shown += [("keypoints", keypoints), *((f"seed {seed}, {settings['model']}", image) for seed, image in zip(seeds, images, strict=True))]
     sheet = free_path(out / "sheet.png", settings)

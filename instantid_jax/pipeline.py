@@ -35,6 +35,7 @@ from instantid_jax.models.tiling import Tiling
 from instantid_jax.parallel.distributed import put_whole, to_host
 from instantid_jax.parallel.mesh import batch_sharding
 from instantid_jax.parallel.rules import shardings
+from instantid_jax.people import MOST_PEOPLE, People, Person, check_people
 from instantid_jax.request import CHECKED, PipelineError, Request
 from instantid_jax.text import Tokenizer, TokenizerWarning
 from instantid_jax.text.weighting import apply_weights, encode_weighted, flatten_groups
@@ -229,8 +230,8 @@ class InstantIDPipeline:
     def __call__(
         self,
         prompt: str | Sequence[str],
-        image: Any,
-        image_embeds: Any,
+        image: Any = None,
+        image_embeds: Any = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
         prompt_2: str | Sequence[str] | None = None,
@@ -247,6 +248,8 @@ class InstantIDPipeline:
         control_guidance_start: float | Sequence[float] = 0.0,
         control_guidance_end: float | Sequence[float] = 1.0,
         control_mask: Any = None,
+        people: Any = None,
+        max_people: int = MOST_PEOPLE,
         num_images_per_prompt: int = 1,
         seed: int = 0,
         latents: Any = None,
@@ -286,7 +289,11 @@ class InstantIDPipeline:
             control_guidance_start, control_guidance_end: window of the steps, as fractions, in which the nets act;
                 outside it, and at strength 0, they are not computed.
             control_mask: where IdentityNet and the adapter act: PIL or [H, W] or [H, W, 3], 0 to 255 or 0.0 to 1.0. Integers other
-                than uint8 that are only 0 and 1 count as 0.0 and 1.0.
+                than uint8 that are only 0 and 1 count as 0.0 and 1.0. Or a box in pixels, (left, top, right, bottom), cut off at the
+                picture's edges: with a face's box it is the published demo's "enhance non-face region".
+            people: several people (`people.Person`) in the place of `image`, `image_embeds` and `control_mask`: each has them for itself. With
+                other ControlNets `image` is their pictures.
+            max_people: how many people the program is compiled for. Up to so many compile nothing new, and cost only themselves.
             seed: picture i of the call has seed + i, so each can be made again alone.
             latents: unit-normal noise [b, h, w, c] in place of the seed's.
             sampler: one of `diffusion.SAMPLERS`.
@@ -313,7 +320,8 @@ class InstantIDPipeline:
         if on_step is not None and not callable(on_step):
             raise PipelineError(f"on_step must be a function of the number of the finished model call, not {on_step!r}")
         request = Request.check(self.config, **arguments, nets=1 + len(self.controlnets))
-        inputs = self.prepare(request, image, image_embeds, control_mask, latents, (guidance_scale, guidance_rescale))
+        guidance = guidance_scale, guidance_rescale
+        inputs = self.prepare(request, image, image_embeds, control_mask, latents, guidance, people=people, max_people=max_people)
         denoiser, weights = self.denoiser()
         with self._on_mesh(), programs.watching(on_step) as watched:
             out = programs.denoise(denoiser, request.solver, request.guided, weights, *self._spread(inputs), watched, request.shortcuts)
@@ -333,17 +341,23 @@ class InstantIDPipeline:
         control_mask: Any = None,
         latents: Any = None,
         guidance: tuple[float, float] = (5.0, 0.0),
+        *,
+        people: Any = None,
+        max_people: int = MOST_PEOPLE,
     ) -> Inputs:
         """Everything that `denoise` takes for a checked request; the rest is as in the call, `guidance` its scale and rescale."""
-        images = request.control_images(image, self.config.vae.downscale)
+        width, down = self.config.resampler.embedding_dim, self.config.vae.downscale
+        if people is not None:
+            image = _beside_people(people, image, image_embeds, control_mask)
+        images = request.control_images(image, down)
         size = images[0].shape[0], images[0].shape[1]
-        embeddings = request.embeddings(image_embeds, self.config.resampler.embedding_dim)
-        down = self.config.vae.downscale
+        several = None if people is None else check_people(people, max_people, request, size, width)
+        embeddings, mask = several.embeddings if several else request.embeddings(image_embeds, width), request.mask(control_mask, size)
         shape = (size[0] // down, size[1] // down, self.config.unet.in_channels)
-        mask = request.mask(control_mask, size)
         seeds, plan = request.seeds(), request.plan
         noise = programs.initial_noise(seeds, shape) if latents is None else request.latents(latents, shape)
         conditions = self._conditions(request, images, embeddings, mask)
+        conditions = conditions if several is None else _with_people(conditions, several)
         start, (scale, rescale) = jnp.asarray(noise) * plan.init_noise_sigma, map(jnp.float32, guidance)
         return Inputs(conditions, start, jnp.asarray(seeds), plan, scale, rescale, request.pace())
 
@@ -365,7 +379,9 @@ class InstantIDPipeline:
 
     def _conditions(self, request: Request, images: list[np.ndarray], embeddings: np.ndarray, mask: np.ndarray | None) -> Conditions:
         text = self.encode_text(request)
-        tokens = self.encode_identity(embeddings[None], guided=request.guided)
+        tokens = self.encode_identity(embeddings.reshape(-1, embeddings.shape[-1]), guided=request.guided)
+        if embeddings.ndim == 2:
+            tokens = tokens.reshape(-1, len(embeddings), *tokens.shape[1:])
         repeats = request.num_images_per_prompt
 
         def spread(x: jax.Array) -> jax.Array:
@@ -401,6 +417,28 @@ class InstantIDPipeline:
         if output_type == "np":
             return pictures
         return [Image.fromarray(np.round(p * 255).astype(np.uint8)) for p in pictures]
+
+
+def _beside_people(people: Any, image: Any, image_embeds: Any, control_mask: Any) -> Any:
+    """The control pictures of a call with several people; the first person's stands for everybody's. Raises `PipelineError`."""
+    if image_embeds is not None or control_mask is not None:
+        raise PipelineError("people have image_embeds and regions of their own; leave out image_embeds and control_mask")
+    first = next((person.image for person in people if isinstance(person, Person)), None) if isinstance(people, Sequence) else None
+    if first is None:
+        raise PipelineError("people must be a list of instantid_jax.Person, at least one")
+    return [first, *(image if isinstance(image, list | tuple) else [] if image is None else [image])]
+
+
+def _with_people(conditions: Conditions, people: People) -> Conditions:
+    """Conditions, whose identity tokens are the people's, with everybody's keypoints, regions and strengths."""
+    control, adapter = conditions.control_scales[:, :, None, None], conditions.adapter_scale[:, None, None]
+    own, rest = control[:, :1] * people.scales[None, None, :, :1], control[:, 1:]
+    return conditions._replace(
+        images=(jnp.asarray(people.images)[None], *conditions.images[1:]),
+        control_scales=jnp.concatenate([own, jnp.broadcast_to(rest, (*rest.shape[:2], *own.shape[2:]))], axis=1),
+        adapter_scale=adapter * people.scales[None, :, 1:],
+        control_mask=jnp.asarray(people.masks)[None],
+    )
 
 
 def _near(tree: Any) -> Any:

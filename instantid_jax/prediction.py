@@ -9,6 +9,8 @@ the picture stays what it is. The rest changes the picture:
                         those layers need, exactly as the whole net would
     control_interval    IdentityNet and other ControlNets run every so many calls; in between their residuals stay
 
+Several people are drawn by one UNet and as many runs of IdentityNet, whose residuals are put together by their masks.
+
 What is left out is a branch of `lax.cond` that does not run. Which calls are whole is traced; only whether something is
 carried from call to call, and from where (`Shortcuts`), is static.
 """
@@ -16,8 +18,6 @@ carried from call to call, and from where (`Shortcuts`), is static.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ from instantid_jax.models.unet import Residuals, UNet
 __all__ = ["Call", "Fixed", "MaskOfSize", "Memory", "Pace", "Predictor", "Shortcuts", "guide", "plan_calls"]
 
 MaskOfSize = dict[tuple[int, int], Array]
-"""The control mask [1 or B, h, w, 1] by the height and width (h, w) of the residuals it is for."""
+"""The control mask [1 or B, h, w, 1 or people] by the height and width (h, w) of the residuals it is for."""
 _KEEP, _OUTER, _WHOLE = 0, 1, 2
 
 
@@ -64,10 +64,11 @@ class Call(NamedTuple):
     times: tuple[Array, ...]
     """Embeddings [B, t] of time, pooled text and sizes: the UNet's, then every net's."""
     control_scales: Array
-    """[nets]: strengths."""
+    """[nets, 1 or people, 1 or residuals]: strengths, the middle's last. Of nets beside IdentityNet the first person's count."""
     adapter_scale: Array
+    """[1 or people, 1 or layers]: strengths, layers in the published order (`models.adapter.site_numbers`)."""
     control: Array
-    """[nets]: whether a net stays as it is, gives its outer residuals, or all (0, 1, 2)."""
+    """[nets, 1 or people]: whether a net stays as it is, gives its outer residuals, or all (0, 1, 2)."""
     whole: Array
     """Whether the UNet is computed whole."""
     guided: Array
@@ -80,11 +81,11 @@ class Fixed(NamedTuple):
     text: TextContext
     identity: SiteKeysValues
     contexts: tuple[TextContext, ...]
-    """What each net's cross-attention reads."""
+    """What each net's cross-attention reads; of several people IdentityNet's has their axis after the batch's."""
     features: tuple[Array, ...]
-    """Features [B, h, w, c] of each net's picture."""
+    """Features [B, h, w, c] of each net's picture; of several people IdentityNet's are [B, people, h, w, c]."""
     mask: Array | None
-    """The control mask [1 or B, H, W]."""
+    """The control mask [1 or B, H, W], of several people [1 or B, H, W, people]."""
     masks: MaskOfSize | None
 
 
@@ -93,19 +94,24 @@ class Memory(NamedTuple):
 
     deep: Array | None
     residuals: tuple[list[Array], ...] | None
-    """Of each net, before any strength; the middle last."""
+    """Of each net, before any strength; the middle last. Of several people IdentityNet's are [B, people, h, w, c]."""
 
 
 def plan_calls(shortcuts: Shortcuts, pace: Pace | None, times: tuple[Array, ...], control_scales: Array, adapter_scale: Array) -> Call:
-    """All calls, each array with a leading axis for them. A call that is the first with guidance renews all that is carried."""
+    """All calls, each array with a leading axis for them. A call that is the first with guidance renews all that is carried.
+
+    Strengths may lack their last axes: [calls, nets] and [calls] are the same for all residuals, layers and people.
+    """
+    control_scales = control_scales.reshape(*control_scales.shape, *(1,) * (4 - control_scales.ndim))
+    adapter_scale = adapter_scale.reshape(*adapter_scale.shape, *(1,) * (3 - adapter_scale.ndim))
     index = jnp.arange(adapter_scale.shape[0])
-    acting = control_scales != 0
+    acting = (control_scales != 0).any(axis=-1)
     if pace is None:
         pace = Pace(jnp.int32(1), jnp.int32(1), jnp.ones_like(index, bool))
     begins = pace.guidance & ~jnp.roll(pace.guidance, 1) & (index > 0)
     whole = (index % pace.cache_interval == 0) | begins
-    due = ((index[:, None] - jnp.argmax(acting, axis=0)) % pace.control_interval == 0) | begins[:, None]
-    depth = jnp.where(whole, _WHOLE, _OUTER)[:, None] if shortcuts.cache_branch is not None else _WHOLE
+    due = ((index[:, None, None] - jnp.argmax(acting, axis=0)) % pace.control_interval == 0) | begins[:, None, None]
+    depth = jnp.where(whole, _WHOLE, _OUTER)[:, None, None] if shortcuts.cache_branch is not None else _WHOLE
     return Call(times, control_scales, adapter_scale, jnp.where(acting & due, depth, _KEEP), whole, pace.guidance)
 
 
@@ -139,13 +145,10 @@ class Predictor:
         """The memory before the first call, which renews all of it."""
         deep = residuals = None
         if self.shortcuts.keep_control:
-            residuals = tuple(_zeros(functools.partial(self._residuals, i), x, call) for i in range(len(self.nets)))
+            residuals = tuple(_zeros_of(self._shapes(i, x, call)) for i in range(len(self.nets)))
         if self.shortcuts.cache_branch is not None:
-            deep = _zeros(
-                lambda x, call: self._whole(x, call, [_zeros(functools.partial(self._residuals, i), x, call) for i in range(len(self.nets))])[1],
-                x,
-                call,
-            )
+            nothing = [_zeros_of(self._shapes(i, x, call)) for i in range(len(self.nets))]
+            deep = _zeros_of(jax.eval_shape(lambda x, call: self._whole(x, call, nothing)[1], x, call))
         return Memory(deep, residuals)
 
     def __call__(self, memory: Memory, x: Array, call: Call) -> tuple[Memory, Array]:
@@ -153,58 +156,99 @@ class Predictor:
         residuals = [self._control(i, None if memory.residuals is None else memory.residuals[i], x, call) for i in range(len(self.nets))]
         kept = tuple(residuals) if self.shortcuts.keep_control else None
         if self.shortcuts.cache_branch is None:
-            identity = IdentityContext(self.fixed.identity, call.adapter_scale, self.fixed.mask)
             total = self._total(residuals, call)
-            output = self.unet.predict(x, call.times[0], self.fixed.text, identity=identity, residuals=Residuals(total[:-1], total[-1]))
+            given = {"identity": self._identity(call), "residuals": Residuals(total[:-1], total[-1])}
+            output = self.unet.predict(x, call.times[0], self.fixed.text, **given)
             return Memory(None, kept), output
         output, deep = jax.lax.cond(call.whole, self._whole, self._outer, x, call, residuals, memory.deep)
         return Memory(deep, kept), output
 
     def _whole(self, x: Array, call: Call, residuals: list[list[Array]], _: Array | None = None) -> tuple[Array, Array]:
         assert self.shortcuts.cache_branch is not None
-        identity = IdentityContext(self.fixed.identity, call.adapter_scale, self.fixed.mask)
         total = self._total(residuals, call)
-        given = {"identity": identity, "residuals": Residuals(total[:-1], total[-1])}
+        given = {"identity": self._identity(call), "residuals": Residuals(total[:-1], total[-1])}
         return self.unet.predict_whole(x, call.times[0], self.fixed.text, self.shortcuts.cache_branch, **given)
 
     def _outer(self, x: Array, call: Call, residuals: list[list[Array]], deep: Array) -> tuple[Array, Array]:
         branch = self.shortcuts.cache_branch
         assert branch is not None
-        identity = IdentityContext(self.fixed.identity, call.adapter_scale, self.fixed.mask)
-        total = self._total([r[: branch + 1] for r in residuals], call)
-        return self.unet.predict_outer(x, call.times[0], self.fixed.text, branch, deep, identity=identity, residuals=total), deep
+        given = {"identity": self._identity(call), "residuals": self._total([r[: branch + 1] for r in residuals], call)}
+        return self.unet.predict_outer(x, call.times[0], self.fixed.text, branch, deep, **given), deep
+
+    def _identity(self, call: Call) -> IdentityContext:
+        """What the UNet attends to as identity in a call: with strengths by site, [l, people] or, of one person, [l]."""
+        several, scales, count, start = self._several(0), {}, call.adapter_scale.shape[-1], 0
+        for site in self.unet.sites():
+            depth = self.fixed.identity[site].k.shape[0]
+            own = call.adapter_scale[:, start : start + depth] if count > 1 else call.adapter_scale
+            scales[site], start = (own.T if several else own[0]), start + depth
+        return IdentityContext(self.fixed.identity, scales, self.fixed.mask)
+
+    def _several(self, i: int) -> bool:
+        """Whether net i is run for several people, one after the other."""
+        return self.fixed.features[i].ndim == 5
 
     def _control(self, i: int, kept: list[Array] | None, x: Array, call: Call) -> list[Array]:
-        """Residuals of one net before any strength: new ones where they are due, else those that are kept, else zeros."""
-        shapes = jax.eval_shape(functools.partial(self._residuals, i), x, call) if kept is None else kept
+        """Residuals of one net before any strength: new ones where they are due, else those that are kept, else zeros.
+
+        For people whose strengths are zero nothing is computed, so that places kept free for more people cost nothing.
+        """
+        if not self._several(i):
+            return self._new_or_kept(i, None, kept, x, call)
+        people = jnp.arange(self.fixed.features[i].shape[1])
+        before = None if kept is None else [jnp.moveaxis(r, 1, 0) for r in kept]
+        new = jax.lax.map(lambda item: self._new_or_kept(i, item[0], item[1], x, call), (people, before))
+        return [jnp.moveaxis(r, 0, 1) for r in new]
+
+    def _new_or_kept(self, i: int, person: Array | None, kept: list[Array] | None, x: Array, call: Call) -> list[Array]:
+        shapes = jax.eval_shape(lambda x: self._residuals(i, person, x, call), x) if kept is None else kept
+        context, feature = self._of(i, person)
+        due = call.control[i, 0 if person is None else person]
 
         def keep(x: Array) -> list[Array]:
             return [jnp.zeros(s.shape, s.dtype) for s in shapes] if kept is None else kept
 
         def outer(x: Array) -> list[Array]:
             assert branch is not None
-            new = self.nets[i].outer_residuals(x, call.times[1 + i], self.fixed.contexts[i], self.fixed.features[i], branch + 1)
+            new = self.nets[i].outer_residuals(x, call.times[1 + i], context, feature, branch + 1)
             return new + keep(x)[branch + 1 :]
 
         def whole(x: Array) -> list[Array]:
-            return self._residuals(i, x, call)
+            return self._residuals(i, person, x, call)
 
         branch = self.shortcuts.cache_branch
         if branch is None:
-            return jax.lax.cond(call.control[i] == _WHOLE, whole, keep, x)
-        return jax.lax.switch(call.control[i], [keep, outer, whole], x)
+            return jax.lax.cond(due == _WHOLE, whole, keep, x)
+        return jax.lax.switch(due, [keep, outer, whole], x)
 
-    def _residuals(self, i: int, x: Array, call: Call) -> list[Array]:
-        down, mid = self.nets[i].residuals(x, call.times[1 + i], self.fixed.contexts[i], self.fixed.features[i])
+    def _residuals(self, i: int, person: Array | None, x: Array, call: Call) -> list[Array]:
+        down, mid = self.nets[i].residuals(x, call.times[1 + i], *self._of(i, person))
         return [*down, mid]
 
+    def _of(self, i: int, person: Array | None) -> tuple[TextContext, Array]:
+        """Context and features of a net, of one person where there are several."""
+        context, features = self.fixed.contexts[i], self.fixed.features[i]
+        if person is None:
+            return context, features
+        return context._replace(keys_values=jax.tree.map(lambda x: x[:, :, person], context.keys_values)), features[:, person]
+
+    def _shapes(self, i: int, x: Array, call: Call) -> list[jax.ShapeDtypeStruct]:
+        """Of the residuals of a net, of all people."""
+        person, people = (jnp.int32(0), self.fixed.features[i].shape[1:2]) if self._several(i) else (None, ())
+        one = jax.eval_shape(lambda x: self._residuals(i, person, x, call), x)
+        return [jax.ShapeDtypeStruct((r.shape[0], *people, *r.shape[1:]), r.dtype) for r in one]
+
     def _total(self, residuals: list[list[Array]], call: Call) -> list[Array]:
-        """Residuals of all nets times their strengths and, for IdentityNet, the mask."""
+        """Residuals of all nets times their strengths and, for IdentityNet, the mask; of several people their sum."""
         total: list[Array] = []
         for i, arrays in enumerate(residuals):
-            if i == 0 and (masks := self.fixed.masks) is not None:
-                arrays = [r * masks[r.shape[1], r.shape[2]].astype(r.dtype) for r in arrays]
-            scaled = [r * call.control_scales[i].astype(r.dtype) for r in arrays]
+            scales = [call.control_scales[i, :, j if call.control_scales.shape[-1] > 1 else 0] for j in range(len(arrays))]
+            if self._several(i):
+                scaled = [_composed(r, scale, self.fixed.masks) for r, scale in zip(arrays, scales, strict=True)]
+            else:
+                if i == 0 and (masks := self.fixed.masks) is not None:
+                    arrays = [r * masks[r.shape[1], r.shape[2]].astype(r.dtype) for r in arrays]
+                scaled = [r * scale[0].astype(r.dtype) for r, scale in zip(arrays, scales, strict=True)]
             total = [a + b for a, b in zip(total, scaled, strict=True)] if total else scaled
         return total
 
@@ -231,5 +275,12 @@ def guide(predictor: Predictor, guided: bool, memory: Memory, x: Array, call: Ca
     return jax.lax.cond(call.guided, both, alone, memory, x)
 
 
-def _zeros(function: Callable[..., Any], *arguments: Any) -> Any:
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *arguments))
+def _composed(residual: Array, scale: Array, masks: MaskOfSize | None) -> Array:
+    """[B, h, w, c] of everybody's residuals [B, people, h, w, c] and strengths [people]: each where that person's mask is."""
+    assert masks is not None, "several people need masks"
+    weights = jnp.moveaxis(scale * masks[residual.shape[2], residual.shape[3]], -1, 1)[..., None]
+    return jnp.sum(residual * weights.astype(residual.dtype), axis=1)
+
+
+def _zeros_of(shapes: Any) -> Any:
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

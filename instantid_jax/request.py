@@ -15,11 +15,21 @@ from PIL import Image
 
 from instantid_jax.config import AutoencoderConfig, ModelConfig
 from instantid_jax.diffusion import Plan, Sampler, SamplerError, control_window, make_sampler
-from instantid_jax.face import FaceError, prepare_control_image
+from instantid_jax.face import FaceError, box_mask, prepare_control_image
 from instantid_jax.models.tiling import Tiling
 from instantid_jax.prediction import Pace, Shortcuts
 
-__all__ = ["CHECKED", "OUTPUT_TYPES", "PipelineError", "Request", "in_options", "read_sampler_options"]
+__all__ = [
+    "CHECKED",
+    "OUTPUT_TYPES",
+    "PipelineError",
+    "Request",
+    "check_number",
+    "check_picture",
+    "check_whole",
+    "in_options",
+    "read_sampler_options",
+]
 
 _SIZES = ("original_size", "crops_coords_top_left", "target_size")
 _SIZES += tuple(f"negative_{name}" for name in _SIZES)
@@ -82,7 +92,8 @@ def _parsed(text: str) -> bool | int | float | str:
     return text
 
 
-def _number(name: str, value: Any, low: float, high: float) -> float:
+def check_number(name: str, value: Any, low: float, high: float) -> float:
+    """A finite number from low to high. Raises `PipelineError`, as all of these checks."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer) or not math.isfinite(value):
         raise PipelineError(f"{name} must be a finite number, not {value!r}")
     if not low <= value <= high:
@@ -90,7 +101,8 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
-def _whole(name: str, value: Any, low: int, high: int) -> int:
+def check_whole(name: str, value: Any, low: int, high: int) -> int:
+    """A whole number from low to high."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise PipelineError(f"{name} must be a whole number, not {value!r}")
     if not low <= value <= high:
@@ -113,14 +125,14 @@ def _per_net(name: str, value: Any, nets: int, low: float, high: float) -> list[
     values = list(value) if isinstance(value, list | tuple | np.ndarray) else [value] * nets
     if len(values) != nets:
         raise PipelineError(f"{name} has {len(values)} values for {nets} nets (IdentityNet first)")
-    return [_number(name, v, low, high) for v in values]
+    return [check_number(name, v, low, high) for v in values]
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise PipelineError(f"{name} must be two whole numbers (height or top first), not {value!r}")
     low = 1 if name.endswith("size") else 0
-    return _whole(name, value[0], low, 65536), _whole(name, value[1], low, 65536)
+    return check_whole(name, value[0], low, 65536), check_whole(name, value[1], low, 65536)
 
 
 def _real(name: str, value: Any) -> np.ndarray:
@@ -190,30 +202,30 @@ class Request:
         # clip_skip=n reads the states n layers before the last but one.
         layers = min(config.text_encoder.num_hidden_layers, config.text_encoder_2.num_hidden_layers)
         scale = a["ip_adapter_scale"]
-        _number("guidance_rescale", a["guidance_rescale"], 0, 1)
+        check_number("guidance_rescale", a["guidance_rescale"], 0, 1)
         for side in ("height", "width"):
-            if a[side] is not None and _whole(side, a[side], 64, 8192) % 8:
+            if a[side] is not None and check_whole(side, a[side], 64, 8192) % 8:
                 raise PipelineError(f"{side} must be a multiple of 8, not {a[side]}")
         return cls(
             prompts=prompts,
             prompts_2=optional["prompt_2"] or prompts,
             negative_prompts=optional["negative_prompt"],
             negative_prompts_2=optional["negative_prompt_2"],
-            num_images_per_prompt=_whole("num_images_per_prompt", a["num_images_per_prompt"], 1, 4096),
+            num_images_per_prompt=check_whole("num_images_per_prompt", a["num_images_per_prompt"], 1, 4096),
             solver=solver,
             plan=plan,
-            guided=_number("guidance_scale", a["guidance_scale"], 0, 100) > 1,
+            guided=check_number("guidance_scale", a["guidance_scale"], 0, 100) > 1,
             scales=_per_net("controlnet_conditioning_scale", a["controlnet_conditioning_scale"], nets, -10, 10),
-            ip_adapter_scale=None if scale is None else _number("ip_adapter_scale", scale, -10, 10),
+            ip_adapter_scale=None if scale is None else check_number("ip_adapter_scale", scale, -10, 10),
             windows=_windows("control_guidance", a["control_guidance_start"], a["control_guidance_end"], nets),
             guidance_window=_windows("guidance", a["guidance_start"], a["guidance_end"], 1)[0],
-            cache_interval=_whole("cache_interval", a["cache_interval"], 1, 1000),
-            cache_branch=_whole("cache_branch_id", a["cache_branch_id"], 0, config.unet.num_skips - 1),
-            control_interval=_whole("control_interval", a["control_interval"], 1, 1000),
+            cache_interval=check_whole("cache_interval", a["cache_interval"], 1, 1000),
+            cache_branch=check_whole("cache_branch_id", a["cache_branch_id"], 0, config.unet.num_skips - 1),
+            control_interval=check_whole("control_interval", a["control_interval"], 1, 1000),
             tiling=_tiling(config.vae, a["vae_tiling"], a["vae_tile_size"]),
-            clip_skip=_whole("clip_skip", 0 if a["clip_skip"] is None else a["clip_skip"], 0, layers - 1),
+            clip_skip=check_whole("clip_skip", 0 if a["clip_skip"] is None else a["clip_skip"], 0, layers - 1),
             prompt_weighting=a["prompt_weighting"],
-            seed=_whole("seed", a["seed"], 0, 2**32 - 1),
+            seed=check_whole("seed", a["seed"], 0, 2**32 - 1),
             size=(a["height"], a["width"]),
             sizes=tuple(None if a[k] is None else _pair(k, a[k]) for k in _SIZES),
         )
@@ -256,7 +268,7 @@ class Request:
         images = list(image) if isinstance(image, list | tuple) else [image]
         if len(images) != nets:
             raise PipelineError(f"image has {len(images)} pictures for {nets} nets (the keypoints for IdentityNet first)")
-        checked = [_picture("image", i) for i in images]
+        checked = [check_picture("image", i) for i in images]
         first = checked[0]
         across, down = first.size if isinstance(first, Image.Image) else (first.shape[1], first.shape[0])
         height, width = self.size[0] or down // multiple * multiple, self.size[1] or across // multiple * multiple
@@ -287,9 +299,14 @@ class Request:
         return array
 
     def mask(self, value: Any, size: tuple[int, int]) -> np.ndarray | None:
-        """The control mask as float32 [H, W] in [0, 1]."""
+        """The control mask as float32 [H, W] in [0, 1]; four numbers are a box (`face.box_mask`)."""
         if value is None:
             return None
+        if np.shape(value) == (4,):
+            try:
+                return box_mask((size[1], size[0]), value, "control_mask").astype(np.float32) / np.float32(255)
+            except FaceError as error:
+                raise PipelineError(str(error)) from error
         given = np.asarray(value.convert("RGB") if isinstance(value, Image.Image) else value)
         array = _real("control_mask", given.astype(np.uint8) * 255 if given.dtype == bool else given)
         if array.shape[:2] != size or array.shape[2:] not in ((), (1,), (3,)):
@@ -308,7 +325,7 @@ def _solver(config: ModelConfig, name: Any, options: Any, steps: Any) -> tuple[S
         raise PipelineError(f"sampler_options must be a dict of option names and values, not {options!r}")
     if not isinstance(name, str):
         raise PipelineError(f"sampler must be a name, not {name!r}")
-    steps = _whole("num_inference_steps", steps, 1, 1000)
+    steps = check_whole("num_inference_steps", steps, 1, 1000)
     try:
         solver = make_sampler(name, config.scheduler, **(options or {}))
         return solver, solver.plan(steps)
@@ -336,12 +353,12 @@ def _tiling(config: AutoencoderConfig, layout: Any, size: Any) -> Tiling | None:
     unit = 4 * config.downscale
     if size is None:
         return Tiling(layout, -(-config.sample_size // unit) * unit)
-    if _whole("vae_tile_size", size, unit, 8192) % unit:
+    if check_whole("vae_tile_size", size, unit, 8192) % unit:
         raise PipelineError(f"vae_tile_size must be a multiple of {unit}, not {size}")
     return Tiling(layout, int(size))
 
 
-def _picture(name: str, value: Any) -> Image.Image | np.ndarray:
+def check_picture(name: str, value: Any) -> Image.Image | np.ndarray:
     """A PIL picture in RGB, or an array [h, w, 3]: uint8 as it is, else float32 in [0, 1]."""
     if isinstance(value, Image.Image):
         return value.convert("RGB")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from instantid_jax.diffusion import PRESETS
+from instantid_jax.face import read_view
 from instantid_jax.request import read_sampler_options
 
-__all__ = ["RUN_OPTIONS", "PresetName", "SampleOptions", "SamplerName", "gathered"]
+__all__ = ["NOT_FOR_JOBS", "RUN_OPTIONS", "PresetName", "SampleOptions", "SamplerName", "gathered"]
 
 SamplerName = Literal["euler", "euler_a", "heun", "ddim", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "unipc", "lcm", "tcd"]
 PresetName = Literal["turbo", "lightning-2", "lightning-4", "lightning-8", "hyper-1", "hyper-8", "lcm"]
@@ -36,6 +38,8 @@ _SMALL: dict[str, Any] = {
 
 RUN_OPTIONS = ("out", "jobs", "aot", "distributed", "coordinator", "processes", "process")
 """Options that say where and how, and decide nothing of a picture."""
+NOT_FOR_JOBS = ("people", "view", "blend", "blend_steps", "blend_how")
+"""Options of a single run that shows more than one person in one pose."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,14 @@ class SampleOptions:
 
     weights: Path | None = None  # Folder that `python -m convert_weights import` or train.py wrote; without it the small model that comes along.
     face: tuple[Path, ...] = ()  # One photo of the person or several (averaged), or one .npz/.npy with a face vector and keypoints.
-    pose: Path | None = None  # Photo (or .npz) whose keypoints give the pose; the first face photo's by default.
+    face_weight: tuple[float, ...] = ()  # How much each of several --face photos counts; all alike by default.
+    face_combine: Literal["mean", "normalised", "trimmed"] = "mean"  # How photos become one face: raw mean, unit vectors' mean, or without outliers.
+    people: Path | None = None  # Several people in one picture: a TOML or JSON file of faces and places (docs/composing.md), instead of --face.
+    pose: Path | None = None  # Photo (or .npz, .json) whose keypoints give the pose; the first face photo's by default.
+    view: tuple[str, ...] = ()  # Poses that nobody photographed, as yaw=30,pitch=-10,roll=5,scale=1.2,x=0.5,y=0.4; several make a sheet.
+    blend: tuple[Path, ...] = ()  # Photos of other people, one each: a strip of pictures from the --face person to them.
+    blend_steps: int = 5  # How many pictures the strip has.
+    blend_how: Literal["linear", "spherical"] = "spherical"  # Straight between the faces' embeddings, or along the arc between them.
     prompt: str | None = None  # What to make; by default a film photo.
     negative_prompt: str | None = None  # What to avoid. Leaving it out is not the same as an empty text.
     prompt_weighting: bool = False  # Read (word:1.2), [word] and BREAK in prompts, and prompts of any length.
@@ -69,6 +80,7 @@ class SampleOptions:
     cache_interval: int = 1  # Run the whole UNet at every so many steps, in between its outermost layers alone (DeepCache). 1 is exact.
     cache_branch_id: int = 0  # How many skip connections, less one, those layers have: more is nearer to exact, and slower.
     control_mask: Path | None = None  # Picture that is white where IdentityNet and the image adapter act, black where they do not.
+    enhance_non_face_region: bool = False  # Let them act in the pose's face box alone, so that the prompt has the rest.
     lora: tuple[Path, ...] = ()  # LoRA files (kohya, diffusers, PEFT, LoCon, DoRA) for the UNet and the text towers, merged while loading.
     lora_scale: tuple[float, ...] = ()  # One strength for each --lora; 1 by default.
     allow_unknown_lora_keys: bool = False  # Leave out what is not understood in a LoRA file, with a list, instead of refusing it.
@@ -97,7 +109,7 @@ class SampleOptions:
     @property
     def is_demo(self) -> bool:
         """Whether nothing says whom to draw: then it is the people who come along, and several prompts where none is given."""
-        return self.weights is None and not self.face
+        return self.weights is None and not self.face and self.people is None
 
     def filled(self) -> SampleOptions:
         """With the defaults of the model that is used, where nothing was given."""
@@ -116,13 +128,35 @@ class SampleOptions:
             raise ValueError("--distributed goes with --jobs, whose pictures the processes share")
         if len(self.control_image) != len(self.controlnet) or len(self.control_scale) not in (0, len(self.controlnet)):
             raise ValueError("--control-image and --control-scale go with --controlnet: one of each for every ControlNet")
+        if self.enhance_non_face_region and self.control_mask is not None:
+            raise ValueError("--enhance-non-face-region is a mask of its own; leave out --control-mask")
+        if self.enhance_non_face_region and self.is_demo and self.jobs is None:
+            raise ValueError("--enhance-non-face-region needs a face to enhance around; name a photo with --face")
+        if len(self.face_weight) not in (0, len(self.face)):
+            raise ValueError(f"--face-weight has {len(self.face_weight)} weights for {len(self.face)} --face photos; give one for each, or none")
+        if not all(0 < weight < math.inf for weight in self.face_weight):
+            raise ValueError("--face-weight must be above 0; leave out a photo that is not to count")
+        if (self.face_weight or self.face_combine != "mean") and any(path.suffix in (".npz", ".npy") for path in self.face):
+            raise ValueError("--face-weight and --face-combine are for photos; a stored face is one already")
+        if self.view and (self.pose or self.blend or self.enhance_non_face_region):
+            raise ValueError("--view is a pose of its own, and goes with one person; leave out --pose, --blend and --enhance-non-face-region")
+        if (self.view or self.blend) and not self.face:
+            raise ValueError(f"--{'view' if self.view else 'blend'} needs a person to draw; name a photo with --face")
+        if self.blend and not 2 <= self.blend_steps <= 1000:
+            raise ValueError(f"--blend-steps must be between 2 and 1000, not {self.blend_steps}")
+        for text in self.view:
+            read_view(text)
         if self.lora and self.jobs is not None:
             raise ValueError("--lora does not go with --jobs: their pictures are drawn with the weights as they are")
         if len(self.lora_scale) not in (0, len(self.lora)):
             raise ValueError(f"--lora-scale has {len(self.lora_scale)} strengths for {len(self.lora)} --lora files; give one for each, or none")
         if self.weights is None and self.controlnet:
             raise ValueError("--controlnet needs --weights: the small model has no other ControlNets")
-        if not self.face and self.weights is not None:
+        if self.people is not None:
+            beside = ("face", "pose", "view", "blend", "control_mask", "enhance_non_face_region", "face_index", "pose_face_index")
+            if given := next((name for name in beside if getattr(self, name) not in (None, (), False)), None):
+                raise ValueError(f"--people names faces and places in its file; leave out --{given.replace('_', '-')}")
+        elif not self.face and self.weights is not None:
             raise ValueError("no --face given: name a photo of the person")
 
     def call(self) -> dict[str, Any]:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from instantid_jax import __version__
 from instantid_jax.config import ModelConfig
 from instantid_jax.defaults import DEFAULT_WEIGHTS, NOTICE, default_config, default_pipeline, framed
-from instantid_jax.face import Identity, load_photo
+from instantid_jax.face import FaceAnalyzer, Identity, load_photo
+from instantid_jax.group import Canvas, group_of
 from instantid_jax.lora import Lora
 from instantid_jax.output import weights_digest
+from instantid_jax.people_file import PeopleFile, read_people_file
 from instantid_jax.pipeline import InstantIDPipeline, read_config
-from instantid_jax.references import keypoint_picture, read_mask
+from instantid_jax.references import check_files, face_box_mask, keypoint_picture, read_mask
 from instantid_jax.sample_options import RUN_OPTIONS, SampleOptions
 
-__all__ = ["conditions_of", "inputs_of", "model_config", "open_pipeline", "settings_of"]
+__all__ = ["conditions_of", "group_conditions", "inputs_of", "model_config", "open_pipeline", "read_people", "settings_of"]
 
-ELSEWHERE = ("num_images", "face", "pose", "control_image", "control_mask", *RUN_OPTIONS)
+ELSEWHERE = ("num_images", "people", "face", "blend", "pose", "control_image", "control_mask", *RUN_OPTIONS)
 """Options that are not stored as settings: names and hashes of the files tell them."""
 
 
@@ -46,20 +50,46 @@ def settings_of(s: SampleOptions, digest: dict[str, str] | None = None, loras: S
     return {name: value for name, value in asdict(s).items() if name not in ELSEWHERE} | about
 
 
-def conditions_of(s: SampleOptions, keypoint_scale: float, pose: Identity) -> dict[str, Any]:
-    """The pictures that go into the call: keypoints, those of other ControlNets, and the mask."""
-    if s.weights is None:
-        keypoints = keypoint_picture(pose, s.width, s.height, 64, keypoint_scale, framed)
-    else:
-        keypoints = keypoint_picture(pose, s.width, s.height, 1280, keypoint_scale)
+def conditions_of(s: SampleOptions, keypoint_scale: float, pose: Identity, drawn: Image.Image | None = None) -> dict[str, Any]:
+    """The pictures that go into the call: keypoints (the pose's, or those that are `drawn`), those of other ControlNets, and the mask."""
+    long_side, frame = (64, framed) if s.weights is None else (1280, None)
+    keypoints = drawn or keypoint_picture(pose, s.width, s.height, long_side, keypoint_scale, frame)
     mask = None if s.control_mask is None else read_mask(s.control_mask, keypoints.size)
+    if s.enhance_non_face_region:
+        mask = face_box_mask(pose, s.width, s.height, long_side, frame)
     return {"image": [keypoints, *(load_photo(path) for path in s.control_image)], "control_mask": mask}
 
 
-def inputs_of(s: SampleOptions) -> dict[str, Sequence[Path]]:
+def read_people(s: SampleOptions) -> PeopleFile | None:
+    """The people file, where one is named. Raises `PhotoError` for any file of the options or of the people file that is not there."""
+    check_files([*s.face, *s.blend, *s.control_image, *filter(None, (s.pose, s.control_mask, s.people))])
+    listed = None if s.people is None else read_people_file(s.people)
+    check_files([] if listed is None else listed.files)
+    return listed
+
+
+def group_conditions(s: SampleOptions, config: ModelConfig, listed: PeopleFile, analyzer: Callable[[], FaceAnalyzer]) -> tuple[dict[str, Any], Any]:
+    """The same of several people, and a picture of all their keypoints."""
+    small = s.weights is None
+    canvas = Canvas(s.width, s.height, 64 if small else 1024, config.keypoint_scale, framed if small else None)
+    people, keypoints = group_of(listed, analyzer, config.resampler.embedding_dim, canvas)
+    return {"image": [load_photo(path) for path in s.control_image], "people": people, "max_people": len(people)}, keypoints
+
+
+def inputs_of(s: SampleOptions, listed: PeopleFile | None = None) -> dict[str, Sequence[Path]]:
     """The files that go in, by what they are."""
+    if listed is not None:
+        poses = [listed.pose, *(person.pose for person in listed.people)]
+        return {
+            "people": (s.people,) if s.people else (),
+            "face": [path for person in listed.people for path in person.face],
+            "pose": [path for path in poses if path],
+            "control": s.control_image,
+            "mask": [person.mask for person in listed.people if person.mask],
+        }
     return {
         "face": s.face,
+        "blend": s.blend,
         "pose": (s.pose,) if s.pose else (),
         "control": s.control_image,
         "mask": (s.control_mask,) if s.control_mask else (),

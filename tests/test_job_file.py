@@ -7,7 +7,7 @@ import pytest
 
 from instantid_jax.config import tiny
 from instantid_jax.job_file import COMMON, JobError, read_jobs
-from instantid_jax.sample_options import RUN_OPTIONS, SampleOptions
+from instantid_jax.sample_options import NOT_FOR_JOBS, RUN_OPTIONS, SampleOptions
 
 
 def read(folder, *lines, **given):
@@ -38,6 +38,7 @@ def test_every_option_of_a_picture_is_a_field():
     loras = {"lora", "lora_scale", "allow_unknown_lora_keys"}
     assert set(COMMON) == {"weights", "weights_dtype", *loras, "controlnet", "analyzer", "analyzer_root", "dtype"}
     assert {*RUN_OPTIONS} == {"out", "jobs", "aot", "distributed", "coordinator", "processes", "process"}
+    assert set(NOT_FOR_JOBS) == {"people", "view", "blend", "blend_steps", "blend_how"}
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,13 @@ def test_a_mask_of_ones_is_no_mask(pipe: InstantIDPipeline) -> None:
     np.testing.assert_allclose(masked, plain, atol=1e-5)
 
 
+def test_a_box_is_a_mask_that_is_white_inside(pipe: InstantIDPipeline) -> None:
+    mask = np.zeros((64, 64), np.uint8)
+    mask[5:40, :33] = 255
+    boxed = make(pipe, output_type="latent", control_mask=(-9, 5.5, 33.2, 40))
+    np.testing.assert_array_equal(boxed, make(pipe, output_type="latent", control_mask=mask))
+
+
 def test_without_identity_strengths_the_identity_does_not_matter(pipe: InstantIDPipeline) -> None:
     off = {"ip_adapter_scale": 0.0, "controlnet_conditioning_scale": 0.0, "output_type": "latent"}
     np.testing.assert_array_equal(make(pipe, **off), make(pipe, image_embeds=-EMBEDDING, image=draw_kps((64, 64), KPS + 9), **off))
@@ -211,6 +218,7 @@ def test_given_latents_replace_the_seed(pipe: InstantIDPipeline) -> None:
         ({"sampler": ["euler"]}, "sampler must be a name"),
         ({"sampler": "lcm", "num_inference_steps": 60}, "use fewer steps"),
         ({"control_mask": np.zeros((64, 64, 4), np.float32)}, "with 1 or 3 channels"),
+        ({"control_mask": (70, 0, 80, 10)}, re.escape("control_mask: the box [70.0, 0.0, 80.0, 10.0] holds no whole pixel of a picture of 64 x 64")),
         ({"control_mask": "x"}, "control_mask must be an array of real numbers"),
         ({"clip_skip": 2}, "clip_skip must be between 0 and 1, not 2"),
         ({"image": np.full((64, 64, 3), 1.5)}, r"image must be uint8, or float in \[0, 1\]"),

@@ -20,6 +20,7 @@ from PIL import Image
 
 from instantid_jax.face.align import check_keypoints
 from instantid_jax.face.analyzer import Face, FaceAnalyzer
+from instantid_jax.face.combine import Combination, combine_embeddings
 from instantid_jax.face.errors import EmbeddingError, FaceError, KeypointError
 from instantid_jax.face.keypoints import keypoints_outside
 from instantid_jax.face.photo import rgb_array
@@ -30,6 +31,7 @@ __all__ = [
     "analyze_photo",
     "check_embedding",
     "examine_photo",
+    "find_faces",
     "identity_from_photos",
     "largest_face",
     "load_precomputed",
@@ -68,6 +70,10 @@ class PhotoReport:
     """How many of the five keypoints lie outside the photo."""
     similarity: float | None = None
     """Cosine of this photo's embedding with the mean over all photos; None for a single photo. A low one is another person."""
+    rest: float | None = None
+    """Cosine of this photo's embedding with the other photos; None for a single photo."""
+    weight: float = 0.0
+    """How much of the identity is this photo's; the photos' weights sum to 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +140,15 @@ def _find(analyzer: FaceAnalyzer, image: np.ndarray) -> tuple[list[Face], int, i
             faces = [replace(face, bbox=face.bbox - shift, kps=face.kps - shift) for face in found]
             return sorted(faces, key=lambda face: float(face.bbox[0] + face.bbox[2])), det_size, border
     return [], DET_SIZES[-1], 0
+
+
+def find_faces(analyzer: FaceAnalyzer, image: Photo, *, name: str = "photo") -> list[Face]:
+    """All faces of a photo from left to right, in pixels of that photo, looked for as in `analyze_photo`. Raises `FaceError` where there is none."""
+    pixels = rgb_array(image, name)
+    faces = _find(analyzer, pixels)[0]
+    if not faces:
+        raise FaceError("no_face", f"{name}: no face found in {pixels.shape[1]} x {pixels.shape[0]} pixels, even at smaller sizes and with borders")
+    return [replace(face, kps=check_keypoints(face.kps, name).astype(np.float32)) for face in faces]
 
 
 def _choose(faces: Sequence[Face], face_index: int | None, on_several: OnSeveral, name: str, scale: np.ndarray) -> Face:
@@ -242,16 +257,20 @@ def identity_from_photos(
     on_several: OnSeveral = "error",
     names: Sequence[str] | None = None,
     original_sizes: Sequence[tuple[int, int]] | None = None,
+    combine: Combination = "mean",
+    weights: Sequence[float] | None = None,
 ) -> Identity:
     """One person from one or more photos: the mean of the raw embeddings, and the first photo's face.
 
-    `face_index` is one number for all photos or one for each. With ``on_none="skip"`` photos without a face are left out, which
-    their report says. `names` and `original_sizes` are used in messages, as in `examine_photo`. Raises as `analyze_photo`, and
-    `FaceError` where no photo is left.
+    `combine` and `weights`, one for each photo, are those of `combine_embeddings`. `face_index` is one number for all photos or one for
+    each. With ``on_none="skip"`` photos without a face are left out, which their report says. `names` and `original_sizes` are used in
+    messages, as in `examine_photo`. Raises as `analyze_photo`, and `FaceError` where no photo is left.
     """
     names = [f"photo {i + 1}" for i in range(len(images))] if names is None else list(names)
     sizes: list[tuple[int, int] | None] = [None] * len(images) if original_sizes is None else list(original_sizes)
     chosen = [face_index] * len(images) if face_index is None or isinstance(face_index, int) else list(face_index)
+    if weights is not None and len(weights) != len(images):
+        raise FaceError("no_photos", f"got {len(weights)} weights for {len(images)} photos; give one for each, or none")
     if not images or {len(names), len(chosen), len(sizes)} != {len(images)}:
         counts = f"{len(images)} photos, {len(names)} names, {len(sizes)} sizes and {len(chosen)} face indices"
         raise FaceError("no_photos", f"got {counts}; give at least one, and equally many")
@@ -263,10 +282,17 @@ def identity_from_photos(
     if not found:
         raise FaceError("no_face", f"no face found in any of {len(images)} photos: {', '.join(names)}")
     raw = np.stack([face.embedding for face, _ in found])
-    mean = check_embedding(raw.mean(axis=0, dtype=np.float64), analyzer.embedding_dim, "mean of the photos' embeddings")
-    reports = [report for _, report in results]
-    if len(found) > 1:
-        reports = [report if face is None else replace(report, similarity=_cosine(face.embedding, mean)) for face, report in results]
+    counted = None if weights is None else [weight for weight, (face, _) in zip(weights, results, strict=True) if face is not None]
+    combined = combine_embeddings(raw, combine, counted)
+    mean = check_embedding(combined.embedding, analyzer.embedding_dim, "mean of the photos' embeddings")
+    shares, reports = iter(zip(combined.weights.tolist(), combined.similarities.tolist(), strict=True)), []
+    for face, report in results:
+        if face is not None:
+            weight, rest = next(shares)
+            report = replace(report, weight=weight)
+            if len(found) > 1:
+                report = replace(report, rest=rest, similarity=_cosine(face.embedding, mean))
+        reports.append(report)
     return Identity(mean, found[0][0], found[0][1].size, analyzer.name, tuple(reports))
 
 

@@ -39,14 +39,14 @@ class IdentityContext(NamedTuple):
     """What the decoupled cross-attention reads as identity, beside the text."""
 
     keys_values: SiteKeysValues
-    scale: Float[Array, ""]
-    """Strength of the image adapter (`ip_adapter_scale`)."""
-    mask: Float[Array, "b H W"] | None = None
-    """Where the identity acts, 0 to 1, at the picture's resolution; None is everywhere."""
+    scale: Float[Array, ""] | dict[str, Array]
+    """Strength of the image adapter (`ip_adapter_scale`); by site, [l] for its layers, or [l, p] for layers and people."""
+    mask: Float[Array, "b H W *p"] | None = None
+    """Where the identity acts, 0 to 1, at the picture's resolution; None is everywhere. Several people have one each."""
 
     def at(self, site: str) -> IdentitySite:
         """The part of one `Transformer2D`."""
-        return IdentitySite(self.keys_values[site], self.scale, self.mask)
+        return IdentitySite(self.keys_values[site], self.scale[site] if isinstance(self.scale, dict) else self.scale, self.mask)
 
 
 class DownBlock(nnx.Module):

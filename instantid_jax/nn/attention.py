@@ -2,9 +2,11 @@
 
     Attn(q, k, v) = softmax(q k^T / sqrt(d)) v                                            (1)
     out = to_out( Attn(q, k_text, v_text) + s * M * Attn(q, k_id, v_id) )                 (2)
+    out = to_out( Attn(q, k_text, v_text) + sum_p s_p * M_p * Attn(q, k_p, v_p) )         (3)
 
 (2) is the decoupled cross-attention of InstantID (arXiv 2401.07519, section 3.3, after IP-Adapter): one query, two
-softmaxes, one output projection; s is the adapter's strength and M an optional mask over the queries.
+softmaxes, one output projection; s is the adapter's strength and M an optional mask over the queries. (3) is the same for
+several people p, each with a softmax and a mask of its own.
 """
 
 from typing import NamedTuple
@@ -35,9 +37,11 @@ class IdentitySite(NamedTuple):
     """What one cross-attention layer needs to attend to the identity tokens, besides its queries."""
 
     keys_values: KeysValues
-    scale: Float[Array, ""]
-    mask: Float[Array, "b n 1"] | Float[Array, "b H W"] | None
-    """A weight for every query; still a picture, at any resolution, where a `Transformer2D` is given it."""
+    """Of several people an axis more: [*l, b, p, m, k, d]."""
+    scale: Float[Array, "*p"]
+    """Strength; one for each of several people. A `Transformer2D` takes it with a leading axis of layers too."""
+    mask: Float[Array, "b n p"] | Float[Array, "b H W *p"] | None
+    """A weight for every query; still a picture, at any resolution, where a `Transformer2D` is given it. Several people need one."""
 
 
 def dot_product_attention(
@@ -128,11 +132,16 @@ class Attention(nnx.Module):
         mask: Bool[Array, "#b #n m"] | None = None,
         identity: IdentitySite | None = None,
     ) -> Float[Array, "b n c"]:
-        """Equation (2); equation (1) without `identity`; self-attention without `context`."""
+        """Equation (2), of several people (3); equation (1) without `identity`; self-attention without `context`."""
         q = split_heads(self.to_q(x), self.heads)
         k, v = self.project(x) if context is None else context
         out = dot_product_attention(q, k, v, mask=mask, backend=self.backend)
-        if identity is not None:
+        if identity is not None and identity.keys_values.k.ndim > q.ndim:
+            assert identity.mask is not None
+            each = jax.vmap(lambda k, v: dot_product_attention(q, k, v, backend=self.backend), in_axes=1, out_axes=1)(*identity.keys_values)
+            weights = (identity.scale * identity.mask).astype(out.dtype).transpose(0, 2, 1)  # [b, p, n]
+            out = out + jnp.sum(weights[..., None, None] * each, axis=1)
+        elif identity is not None:
             from_identity = dot_product_attention(q, *identity.keys_values, backend=self.backend)
             if identity.mask is not None:
                 from_identity = from_identity * identity.mask[..., None].astype(from_identity.dtype)

@@ -97,16 +97,22 @@ class Transformer2D(nnx.Module):
         mask: Bool[Array, "#b #n m"] | None = None,
         identity: IdentitySite | None = None,
     ) -> Float[Array, "b h w c"]:
-        """`context` and `identity.keys_values` are stacked over the blocks; `identity.mask` is [b, H, W] at any resolution."""
+        """`context` and `identity.keys_values` are stacked over the blocks; `identity.mask` is [b, H, W] at any resolution.
+
+        `identity.scale` is a scalar, [l] for the blocks, or [l, p] for blocks and people, whose masks are then [b, H, W, p].
+        """
         b, h, w, c = x.shape
         y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
-        keys_values_id = None if identity is None else identity.keys_values
-        mask_id = None if identity is None or identity.mask is None else resize_nearest(identity.mask, (h, w)).reshape(-1, h * w, 1)
+        layers_id = mask_id = None
+        if identity is not None:
+            scale, depth = jnp.asarray(identity.scale), identity.keys_values.k.shape[0]
+            layers_id = identity.keys_values, jnp.broadcast_to(scale, (depth, *scale.shape[1:]))
+            if (picture := identity.mask) is not None:
+                mask_id = resize_nearest(picture, (h, w)).reshape(-1, h * w, *picture.shape[3:] or (1,))
 
-        def apply(block: BasicTransformerBlock, y: Array, layer: tuple[KeysValues, KeysValues | None]) -> tuple[Array, None]:
-            text, keys_values = layer
-            site = None if identity is None or keys_values is None else IdentitySite(keys_values, identity.scale, mask_id)
-            return by_rows(block(y, text, mask, site)), None
+        def apply(block: BasicTransformerBlock, y: Array, layer: tuple[KeysValues, tuple[KeysValues, Array] | None]) -> tuple[Array, None]:
+            text, own = layer
+            return by_rows(block(y, text, mask, None if own is None else IdentitySite(*own, mask_id))), None
 
-        y, _ = scan_layers(self.transformer_blocks, apply, y, (context, keys_values_id), unroll=self.compute.unroll, remat=self.compute.remat)
+        y, _ = scan_layers(self.transformer_blocks, apply, y, (context, layers_id), unroll=self.compute.unroll, remat=self.compute.remat)
         return by_rows(self.proj_out(y.reshape(b, h, w, c)) + x)

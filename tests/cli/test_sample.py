@@ -225,6 +225,18 @@ def test_every_option_reaches_the_call(stub: Stub, tmp_path: Path) -> None:
         ("--lora a --lora b --lora-scale 1", 2, "--lora-scale has 1 strengths for 2 --lora files; give one for each, or none"),
         ("--preset hyper-8 --sampler-option timestep_spacing=x", 2, "'timestep_spacing' of sampler 'ddim' must be 'leading'"),
         ("--preset lcm --steps 60", 2, "use fewer steps"),
+        ("--face a.jpg b.jpg --face-weight 1", 2, "--face-weight has 1 weights for 2 --face photos; give one for each, or none"),
+        ("--face a.jpg --face-weight 0", 2, "--face-weight must be above 0"),
+        ("--face a.npz --face-combine normalised", 2, "a stored face is one already"),
+        ("--face README.md --view yaw=120", 2, "yaw of a view must be between -90 and 90, not 120"),
+        ("--face README.md --view turned", 2, "a view is written as yaw=30,pitch=-10"),
+        ("--view yaw=10", 2, "--view needs a person to draw"),
+        ("--face README.md --view yaw=10 --pose README.md", 2, "leave out --pose"),
+        ("--face README.md --blend README.md --blend-steps 1", 2, "--blend-steps must be between 2 and 1000, not 1"),
+        ("--face README.md --blend nowhere.jpg", 1, "nowhere.jpg: there is no such file"),
+        ("--enhance-non-face-region", 2, "--enhance-non-face-region needs a face"),
+        ("--face README.md --enhance-non-face-region --control-mask README.md", 2, "leave out --control-mask"),
+        ("--control-mask README.md", 2, "--control-mask has no meaning for the people who come along"),
     ],
 )
 def test_bad_input_gets_one_sentence_before_weights_are_loaded(

@@ -198,6 +198,8 @@ def test_several_photos_are_averaged_raw_and_keep_the_first_face():
     mean = np.array([2, 3, 0, 2])
     expected = [np.dot(v, mean) / np.linalg.norm(v) / np.linalg.norm(mean) for v in vectors.values()]
     assert [report.similarity for report in identity.reports] == pytest.approx(expected, rel=1e-5)
+    assert [report.weight for report in identity.reports] == pytest.approx([1 / len(expected)] * len(expected))
+    assert all(report.rest is not None and -1 <= report.rest <= 1 for report in identity.reports)
 
 
 def test_photos_without_a_face_can_be_left_out():
