@@ -71,9 +71,7 @@ class SampleOptions:
     guidance_end: float = 1.0  # Fraction of the steps at which it ends, likewise.
     clip_skip: int = 0  # Text layers to leave out, counted from the last but one.
     identitynet_scale: float | None = None  # Strength of IdentityNet: keypoints and likeness. By default 0.8 (1.4 with the small model).
-    ip_adapter_scale: float | None = (
-        None  # Strength of the image adapter: facial detail; 0.8 (small model: 0.5). Lower it first when colours burn.
-    )
+    ip_adapter_scale: float | None = None  # Strength of the image adapter: facial detail; 0.8 (small model: 0.5). Lower it first when colours burn.
     control_start: float = 0.0  # Fraction of the steps at which IdentityNet (and other ControlNets) begin to act.
     control_end: float = 1.0  # Fraction of the steps at which they stop acting.
     control_interval: int = 1  # Run IdentityNet (and other ControlNets) at every so many steps, and keep what they gave in between.

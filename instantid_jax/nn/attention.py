@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from instantid_jax.config import ComputeConfig
 from instantid_jax.nn.linear import Linear
+from instantid_jax.nn.placement import on_each_device
 from instantid_jax.nn.platform import target_platform
 
 _SHORT = 256  # keys: below this the scores are small and one fused einsum is best everywhere
@@ -73,7 +74,7 @@ def dot_product_attention(
         if fits(q, k):
             return splash_attention(q, k, v)
         backend = "xla" if q.shape[1] * k.shape[1] <= _MANY_SCORES else "blocked"
-    return _plain(q, k, v, mask) if backend == "xla" else _blocked(q, k, v)
+    return _plain(q, k, v, mask) if backend == "xla" else on_each_device(_blocked, q, k, v)
 
 
 def _plain(q: Array, k: Array, v: Array, mask: Array | None) -> Array:

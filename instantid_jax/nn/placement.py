@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from instantid_jax.paths import first_match
 
-__all__ = ["SMALL", "by_rows", "gathers", "keep_all_but_gathered", "kernel_spec", "tensor_axis", "whole"]
+__all__ = ["SMALL", "by_rows", "gathers", "keep_all_but_gathered", "kernel_spec", "on_each_device", "tensor_axis", "whole"]
 
 SMALL = 2**18
 """Elements below which a parameter stays whole on every device: a megabyte in float32."""
@@ -100,6 +101,24 @@ def by_rows(x: Array) -> Array:
     if shards == 1 or x.shape[0] % shards:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp")))
+
+
+def on_each_device(attention: Callable[[Array, Array, Array], Array], q: Array, k: Array, v: Array) -> Array:
+    """`attention` of q, k and v, all [b, n, heads, d], by every device of the mesh on its own rows (`data`, `fsdp`) and heads (`tensor`).
+
+    For what a partitioner cannot split, a kernel, or splits badly, a loop over rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.shape.values()) == 1 or mesh.are_all_axes_manual:
+        return attention(q, k, v)
+    batch, rest = [], q.shape[0]
+    for axis in ("data", "fsdp"):
+        if rest % mesh.shape.get(axis, 1) == 0:
+            batch.append(axis)
+            rest //= mesh.shape.get(axis, 1)
+    heads = "tensor" if q.shape[2] % mesh.shape.get("tensor", 1) == 0 else None
+    spec = PartitionSpec(tuple(batch), None, heads, None)
+    return jax.shard_map(attention, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
 
 def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:

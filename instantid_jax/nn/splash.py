@@ -7,14 +7,13 @@ A kernel is not split by the compiler, so under a mesh (`jax.set_mesh`) it runs 
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from instantid_jax.nn.placement import on_each_device
 from instantid_jax.nn.platform import target_platform
 
 __all__ = ["fits", "splash_attention"]
@@ -31,17 +30,7 @@ def fits(q: Array, k: Array) -> bool:
 
 def splash_attention(q: Float[Array, "b n k d"], k: Float[Array, "b m k d"], v: Float[Array, "b m k d"]) -> Float[Array, "b n k d"]:
     """softmax(q k^T / sqrt(d)) v without masks, softmax in float32."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or math.prod(mesh.shape.values()) == 1:
-        return _local(q, k, v)
-    batch, rest = [], q.shape[0]
-    for axis in ("data", "fsdp"):
-        if rest % mesh.shape.get(axis, 1) == 0:
-            batch.append(axis)
-            rest //= mesh.shape.get(axis, 1)
-    heads = "tensor" if q.shape[2] % mesh.shape.get("tensor", 1) == 0 else None
-    spec = PartitionSpec(tuple(batch), None, heads, None)
-    return jax.shard_map(_local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+    return on_each_device(_local, q, k, v)
 
 
 def _local(q: Array, k: Array, v: Array) -> Array:
