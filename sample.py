@@ -31,6 +31,7 @@ from instantid_jax.pipeline import check_call, read_config
 from instantid_jax.progress import CompileSeconds, StepBar
 from instantid_jax.references import photos_table, read_identity
 from instantid_jax.request import in_options
+from instantid_jax.running import keep_compiled
 from instantid_jax.sample_options import SampleOptions, gathered
 from instantid_jax.sampling import conditions_of, group_conditions, inputs_of, model_config, open_pipeline, read_people, settings_of
 from instantid_jax.variants import draw_variants, save_variants, variants_of
@@ -39,6 +40,7 @@ from instantid_jax.variants import draw_variants, save_variants, variants_of
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     options = tyro.cli(SampleOptions, args=gathered(arguments), description=__doc__)
+    keep_compiled()
     warnings.showwarning = lambda message, *_: print(f"sample.py: {in_options(str(message))}", file=sys.stderr)
     try:
         if options.aot is not None:

@@ -21,7 +21,7 @@ import tyro
 try:
     from instantid_jax.options import OptionError, check_folder, status_of, wrong_options
     from instantid_jax.parallel.distributed import is_main, join, leave, synchronize
-    from instantid_jax.running import noted_signals
+    from instantid_jax.running import keep_compiled, noted_signals
     from instantid_jax.training.checks import prepared_folder
     from instantid_jax.training.config import TrainConfig
     from instantid_jax.training.loop import BadSteps, Run, train
@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     first.add_argument("--config")
     chosen, rest = first.parse_known_args(arguments)
     warnings.showwarning = lambda message, *_: print(f"train.py: {message}", file=sys.stderr)
+    keep_compiled()
     try:
         default = Command(load_recipe(chosen.config))
         about = f"{__doc__}\nOptions of {chosen.config}, with its values as defaults; --config FILE names another recipe."

@@ -1,16 +1,20 @@
-"""What every long command shares: how it is told to stop, the exit status it then has, and a folder to itself."""
+"""What every long command shares: how it is told to stop, the exit status it then has, a folder to itself, compiled programs kept."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EXIT_INTERRUPTED", "EXIT_PARTLY", "LeaseError", "lease", "noted_signals"]
+import jax
+
+__all__ = ["EXIT_INTERRUPTED", "EXIT_PARTLY", "LeaseError", "keep_compiled", "lease", "noted_signals"]
 
 EXIT_PARTLY = 3
 """Exit status of a batch that ended, but in which some could not be made."""
@@ -60,3 +64,23 @@ def lease(folder: Path, doing: str = "training") -> Iterator[None]:
         except BlockingIOError as problem:
             raise LeaseError(f"another process is {doing} in {folder}; wait for it, or give this run another --out") from problem
         yield
+
+
+def keep_compiled() -> Path | None:
+    """From here on compiled programs are kept on disk, and the next process that needs one reads it; returns where, None for nowhere.
+
+    The folder is `$XDG_CACHE_HOME/instantid_jax` (`~/.cache/instantid_jax`). JAX's own variables count first:
+    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+    """
+    if not jax.config.values["jax_enable_compilation_cache"]:
+        return None
+    if named := jax.config.values["jax_compilation_cache_dir"]:
+        return Path(named)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "instantid_jax"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        print(f"compiled programs are not kept: {folder}: {problem.strerror}; JAX_COMPILATION_CACHE_DIR names another folder", file=sys.stderr)
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    return folder

@@ -1,7 +1,10 @@
 """What every test shares: full float32 products, checked shape annotations, and the golden case's weights on disk."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # nothing outside the tests' folders, in their processes too
 
 import jax
 import pytest

@@ -33,6 +33,7 @@ from instantid_jax.evaluation.suite import ARMS, BASE, MAIN, TARGETS, ArmResult,
 from instantid_jax.face import load_analyzer
 from instantid_jax.options import OptionError, Range, check_options, status_of, wrong_options
 from instantid_jax.pipeline import InstantIDPipeline
+from instantid_jax.running import keep_compiled
 
 __all__ = ["Settings", "main", "run"]
 
@@ -77,6 +78,7 @@ class Settings:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     settings = tyro.cli(Settings, args=arguments, description=__doc__)
+    keep_compiled()
     try:
         run(settings)
     except (ValueError, OSError) as error:
