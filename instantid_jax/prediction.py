@@ -176,12 +176,16 @@ class Predictor:
         return self.unet.predict_outer(x, call.times[0], self.fixed.text, branch, deep, **given), deep
 
     def _identity(self, call: Call) -> IdentityContext:
-        """What the UNet attends to as identity in a call: with strengths by site, [l, people] or, of one person, [l]."""
+        """What the UNet attends to as identity in a call: with strengths by site, [l, people], of one person [l], or one for all layers."""
         several, scales, count, start = self._several(0), {}, call.adapter_scale.shape[-1], 0
         for site in self.unet.sites():
             depth = self.fixed.identity[site].k.shape[0]
             own = call.adapter_scale[:, start : start + depth] if count > 1 else call.adapter_scale
-            scales[site], start = (own.T if several else own[0]), start + depth
+            if several:
+                scales[site] = jnp.broadcast_to(own.T, (depth, own.shape[0]))
+            else:
+                scales[site] = own[0] if count > 1 else own[0, 0]
+            start += depth
         return IdentityContext(self.fixed.identity, scales, self.fixed.mask)
 
     def _several(self, i: int) -> bool:

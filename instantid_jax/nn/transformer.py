@@ -105,14 +105,17 @@ class Transformer2D(nnx.Module):
         y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
         layers_id = mask_id = None
         if identity is not None:
-            scale, depth = jnp.asarray(identity.scale), identity.keys_values.k.shape[0]
-            layers_id = identity.keys_values, jnp.broadcast_to(scale, (depth, *scale.shape[1:]))
+            layers_id = identity.keys_values, identity.scale if jnp.ndim(identity.scale) else None
             if (picture := identity.mask) is not None:
                 mask_id = resize_nearest(picture, (h, w)).reshape(-1, h * w, *picture.shape[3:] or (1,))
 
-        def apply(block: BasicTransformerBlock, y: Array, layer: tuple[KeysValues, tuple[KeysValues, Array] | None]) -> tuple[Array, None]:
+        def apply(block: BasicTransformerBlock, y: Array, layer: tuple[KeysValues, tuple[KeysValues, Array | None] | None]) -> tuple[Array, None]:
             text, own = layer
-            return by_rows(block(y, text, mask, None if own is None else IdentitySite(*own, mask_id))), None
+            site = None
+            if identity is not None and own is not None:
+                # One strength for all blocks stays out of the loop: XLA for TPU copied all of the blocks' weights beside a loop over it.
+                site = IdentitySite(own[0], identity.scale if own[1] is None else own[1], mask_id)
+            return by_rows(block(y, text, mask, site)), None
 
         y, _ = scan_layers(self.transformer_blocks, apply, y, (context, layers_id), unroll=self.compute.unroll, remat=self.compute.remat)
         return by_rows(self.proj_out(y.reshape(b, h, w, c)) + x)

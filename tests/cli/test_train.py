@@ -147,7 +147,10 @@ def test_where_every_weight_would_lie(capsys, recipe):
     assert kernel == ["trained", kernel[1], "10x1280x10240", "(None,", "None,", "'fsdp')", f"{10 * 1280 * 10240 * 4 // 16:,}"]
     assert rows["unet/conv_norm_out/scale"][3] == "replicated"
     assert totals.keys() == {"trained", "frozen", "optimizer"} and not whole
-    assert totals["trained"] == pytest.approx(1_673_779_984 * 4 / 2**20 / 16, rel=0.01)  # InstantID's three networks in float32
+    # InstantID's three networks in float32; what is small is whole on every device.
+    small = sum(int(row[-1].replace(",", "")) for row in rows.values() if row[0] == "trained" and row[3] == "replicated")
+    assert small / 4 < 0.002 * 1_673_779_984
+    assert totals["trained"] == pytest.approx(((1_673_779_984 * 4 - small) / 16 + small) / 2**20, abs=0.1)  # of a tenth of a MiB
     assert totals["optimizer"] == pytest.approx(2 * totals["trained"], rel=1e-3)
     listed = sum(int(row[-1].replace(",", "")) for row in rows.values() if row[0] == "trained")
     assert totals["trained"] == pytest.approx(listed / 2**20, abs=0.1)
