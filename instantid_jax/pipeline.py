@@ -88,7 +88,8 @@ class InstantIDPipeline:
         self.controlnets = tuple(controlnets)
         self.ip_adapter_scale = 0.5
         places = {leaf.sharding for leaf in jax.tree.leaves(parameters) if isinstance(leaf, jax.Array)}
-        self.mesh = next((place.mesh for place in places if isinstance(place, NamedSharding)), None)
+        meshes = (place.mesh for place in places if isinstance(place, NamedSharding))
+        self.mesh = next((mesh for mesh in meshes if isinstance(mesh, jax.sharding.Mesh)), None)
         self._loras: list[tuple[Lora, dict[str, Any]]] = []
         self.lora_scales: list[float] = []
         missing = [name for name in NETWORKS if name not in parameters]
