@@ -11,12 +11,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
+from instantid_jax.denoise import Conditions
 from instantid_jax.face import FaceError, prepare_control_image
 from instantid_jax.request import PipelineError, Request, check_number, check_picture, check_whole
 
-__all__ = ["MOST_PEOPLE", "People", "Person", "check_people"]
+__all__ = ["MOST_PEOPLE", "People", "Person", "check_people", "control_pictures", "with_people"]
 
 MOST_PEOPLE = 4
 """For how many people a picture is compiled, where no other bound is given."""
@@ -78,3 +80,25 @@ def check_people(people: Any, most: Any, request: Request, size: tuple[int, int]
             raise PipelineError(f"person {i} (counted from 0): {error}") from error
     total = np.maximum(found.masks.sum(axis=-1, keepdims=True), 1.0)
     return found._replace(masks=found.masks / total)
+
+
+def control_pictures(people: Any, image: Any, image_embeds: Any, control_mask: Any) -> Any:
+    """The control pictures of a call with several people; the first person's stands for everybody's. Raises `PipelineError`."""
+    if image_embeds is not None or control_mask is not None:
+        raise PipelineError("people have image_embeds and regions of their own; leave out image_embeds and control_mask")
+    first = next((person.image for person in people if isinstance(person, Person)), None) if isinstance(people, Sequence) else None
+    if first is None:
+        raise PipelineError("people must be a list of instantid_jax.Person, at least one")
+    return [first, *(image if isinstance(image, list | tuple) else [] if image is None else [image])]
+
+
+def with_people(conditions: Conditions, people: People) -> Conditions:
+    """Conditions, whose identity tokens are the people's, with everybody's keypoints, regions and strengths."""
+    control, adapter = conditions.control_scales[:, :, None, None], conditions.adapter_scale[:, None, None]
+    own, rest = control[:, :1] * people.scales[None, None, :, :1], control[:, 1:]
+    return conditions._replace(
+        images=(jnp.asarray(people.images)[None], *conditions.images[1:]),
+        control_scales=jnp.concatenate([own, jnp.broadcast_to(rest, (*rest.shape[:2], *own.shape[2:]))], axis=1),
+        adapter_scale=adapter * people.scales[None, :, 1:],
+        control_mask=jnp.asarray(people.masks)[None],
+    )

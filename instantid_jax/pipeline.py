@@ -35,7 +35,7 @@ from instantid_jax.models.tiling import Tiling
 from instantid_jax.parallel.distributed import put_whole, to_host
 from instantid_jax.parallel.mesh import batch_sharding
 from instantid_jax.parallel.rules import shardings
-from instantid_jax.people import MOST_PEOPLE, People, Person, check_people
+from instantid_jax.people import MOST_PEOPLE, check_people, control_pictures, with_people
 from instantid_jax.request import CHECKED, PipelineError, Request
 from instantid_jax.text import Tokenizer, TokenizerWarning
 from instantid_jax.text.weighting import apply_weights, encode_weighted, flatten_groups
@@ -349,7 +349,7 @@ class InstantIDPipeline:
         """Everything that `denoise` takes for a checked request; the rest is as in the call, `guidance` its scale and rescale."""
         width, down = self.config.resampler.embedding_dim, self.config.vae.downscale
         if people is not None:
-            image = _beside_people(people, image, image_embeds, control_mask)
+            image = control_pictures(people, image, image_embeds, control_mask)
         images = request.control_images(image, down)
         size = images[0].shape[0], images[0].shape[1]
         several = None if people is None else check_people(people, max_people, request, size, width)
@@ -358,7 +358,7 @@ class InstantIDPipeline:
         seeds, plan = request.seeds(), request.plan
         noise = programs.initial_noise(seeds, shape) if latents is None else request.latents(latents, shape)
         conditions = self._conditions(request, images, embeddings, mask)
-        conditions = conditions if several is None else _with_people(conditions, several)
+        conditions = conditions if several is None else with_people(conditions, several)
         start, (scale, rescale) = jnp.asarray(noise) * plan.init_noise_sigma, map(jnp.float32, guidance)
         return Inputs(conditions, start, jnp.asarray(seeds), plan, scale, rescale, request.pace())
 
@@ -418,28 +418,6 @@ class InstantIDPipeline:
         if output_type == "np":
             return pictures
         return [Image.fromarray(np.round(p * 255).astype(np.uint8)) for p in pictures]
-
-
-def _beside_people(people: Any, image: Any, image_embeds: Any, control_mask: Any) -> Any:
-    """The control pictures of a call with several people; the first person's stands for everybody's. Raises `PipelineError`."""
-    if image_embeds is not None or control_mask is not None:
-        raise PipelineError("people have image_embeds and regions of their own; leave out image_embeds and control_mask")
-    first = next((person.image for person in people if isinstance(person, Person)), None) if isinstance(people, Sequence) else None
-    if first is None:
-        raise PipelineError("people must be a list of instantid_jax.Person, at least one")
-    return [first, *(image if isinstance(image, list | tuple) else [] if image is None else [image])]
-
-
-def _with_people(conditions: Conditions, people: People) -> Conditions:
-    """Conditions, whose identity tokens are the people's, with everybody's keypoints, regions and strengths."""
-    control, adapter = conditions.control_scales[:, :, None, None], conditions.adapter_scale[:, None, None]
-    own, rest = control[:, :1] * people.scales[None, None, :, :1], control[:, 1:]
-    return conditions._replace(
-        images=(jnp.asarray(people.images)[None], *conditions.images[1:]),
-        control_scales=jnp.concatenate([own, jnp.broadcast_to(rest, (*rest.shape[:2], *own.shape[2:]))], axis=1),
-        adapter_scale=adapter * people.scales[None, :, 1:],
-        control_mask=jnp.asarray(people.masks)[None],
-    )
 
 
 def _near(tree: Any) -> Any:
