@@ -22,7 +22,7 @@ FLOORS = (
     (r"instantid_jax\.(training|evaluation)(\..+)?|instantid_jax\.data\.(cache|prepare)", 4),
     (r"convert_weights(\..+)?", 4),
     (r"instantid_jax\.(models|parallel)(\..+)?|instantid_jax\.(checkpoint|lora)", 3),
-    (r"instantid_jax\.data\.(drawing|transforms|inputs|filters|loader|portrait.*|builder|preparation)", 3),
+    (r"instantid_jax\.data\.(drawing|transforms|inputs|filters|loader|resident|portrait.*|builder|preparation)", 3),
     (r"instantid_jax\.(nn|face|text|data)(\..+)?|instantid_jax\.(progress|running)", 2),
     (r"instantid_jax\.diffusion(\..+)?", 1),
     (r"instantid_jax(\.(config|options|paths|published))?", 0),

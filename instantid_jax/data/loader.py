@@ -34,8 +34,9 @@ import grain
 import numpy as np
 
 from instantid_jax.data.drawing import draw_keypoints
-from instantid_jax.data.order import BatchOrder, Buckets, pick, uniform
+from instantid_jax.data.order import CAPTION, CROP_X, CROP_Y, DROP, OTHER, REFERENCE, BatchOrder, Buckets, pick, uniform
 from instantid_jax.data.record import DataError, Record, View
+from instantid_jax.data.resident import Resident, check_embedder
 from instantid_jax.data.sources import RecordSource, SameIdentity
 from instantid_jax.data.transforms import assign_buckets, choose_view, decode_photo, move_box, move_points, render_view, time_ids
 from instantid_jax.options import Range
@@ -46,7 +47,6 @@ Batch = dict[str, Any]
 
 STYLES = ("five", "dense", "none")
 _END = 1 << 52  # positions that exist: more than any run reaches
-_DROP, _CAPTION, _REFERENCE, _OTHER, _CROP_Y, _CROP_X = range(6)  # what `uniform` is drawn for
 
 
 _SHARE = Range(0, 1)
@@ -99,6 +99,9 @@ class LoaderConfig:
     """Whether latents out of the records replace pictures; the crop is then the one that was encoded."""
     cached_text: bool = False
     """Whether the text encoders' stored output is given beside the token ids."""
+    in_memory: bool = False
+    """Whether all records are read at the start and batches are cut out of arrays: the same ones, and a hundred times as many a second. For
+    cached latents of one size, in sets that fit the memory."""
     num_threads: int = 4
     """Threads that read and decode, each a batch at a time; 0 works in the caller's thread."""
     prefetch: int = 4
@@ -114,6 +117,8 @@ class LoaderConfig:
             raise DataError(f"LoaderConfig: keypoint_style is one of {', '.join(STYLES)}, got {self.keypoint_style!r}")
         if self.cached_text and self.identity_caption:
             raise DataError("LoaderConfig: cached text is of the plain caption, so identity_caption must be 0 with cached_text")
+        if self.in_memory and (not self.cached_latents or self.cached_text or self.buckets):
+            raise DataError("LoaderConfig: in_memory needs cached_latents=True, and neither cached_text nor buckets")
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -154,11 +159,8 @@ class _Samples:
         target = config.sizes[self.order.bucket(position // config.global_batch)]
         view = self._view(record, target, position)
         no_text, no_identity = _dropped(config, position)
-        sample: Batch = {
-            "keypoints": move_points(record.keypoints, record.size, view),
-            "face_box": move_box(record.face_box, record.size, view),
+        sample: Batch = _geometry(record, view) | {
             "embedding": np.zeros(self._dim, np.float32) if no_identity else self._embedding(record, index, position),
-            "sizes": time_ids(record.size, view),
             "text_dropped": np.bool_(no_text),
             "identity_dropped": np.bool_(no_identity),
             "index": np.int64(index),
@@ -178,6 +180,18 @@ class _Samples:
             sample["keypoint_image"] = self._drawing(record, sample["keypoints"], view)
         return sample
 
+    def resident(self) -> Resident:
+        """The same samples out of memory."""
+
+        def parts(record: Record) -> Batch:
+            view = self._view(record, self.config.sizes[0], 0)
+            made = _geometry(record, view)
+            if self.config.keypoint_style != "none":
+                made["keypoint_image"] = self._drawing(record, made["keypoints"], view)
+            return made
+
+        return Resident(self.source, self.config, self.order, self._same, self._tokens, parts)
+
     def _view(self, record: Record, target: tuple[int, int], position: int) -> View:
         if self.config.cached_latents:
             if record.latents is None:
@@ -185,31 +199,27 @@ class _Samples:
             return record.latents.view
         draws = None
         if self.config.random_crop:
-            draws = uniform(self.config.seed, position, _CROP_Y), uniform(self.config.seed, position, _CROP_X)
+            draws = uniform(self.config.seed, position, CROP_Y), uniform(self.config.seed, position, CROP_X)
         return choose_view(record.size, target, record.face_box, draws)
 
     def _caption(self, record: Record, position: int) -> str:
-        wanted = record.caption_identity and uniform(self.config.seed, position, _CAPTION) < self.config.identity_caption
+        wanted = record.caption_identity and uniform(self.config.seed, position, CAPTION) < self.config.identity_caption
         return record.caption_identity if wanted else record.caption
 
     def _embedding(self, record: Record, index: int, position: int) -> np.ndarray:
         """The person's embedding, of this photo or of another one, times its scale."""
         config = self.config
         row, giver = 0, record
-        if self._same is not None and uniform(config.seed, position, _REFERENCE) < config.paired_reference:
-            extra, others = len(record.embeddings) - 1, self._same.others(index)
+        if self._same is not None and uniform(config.seed, position, REFERENCE) < config.paired_reference:
+            extra, others = len(record.embeddings) - 1, int(self._same.others(index))
             if extra + others:
-                choice = pick(extra + others, config.seed, position, _OTHER)
+                choice = pick(extra + others, config.seed, position, OTHER)
                 if choice < extra:
                     row = 1 + choice
                 else:
-                    giver = self.source[self._same.other(index, choice - extra)]
+                    giver = self.source[int(self._same.other(index, choice - extra))]
         embedding = giver.embeddings[row]
-        if len(embedding) != self._dim or giver.embedder != record.embedder:
-            raise DataError(
-                f"record {giver.key!r}: its embedding has {len(embedding)} values by {giver.embedder!r}, where {self._dim} by "
-                f"{record.embedder!r} are expected; a data set must be made with one face analyzer"
-            )
+        check_embedder(giver, self._dim, record.embedder)
         return (embedding * np.float32(giver.embedding_scale)).astype(np.float32)
 
     def _drawing(self, record: Record, keypoints: np.ndarray, view: View) -> np.ndarray:
@@ -221,9 +231,18 @@ class _Samples:
         return draw_keypoints((view.w, view.h), keypoints, self.config.keypoint_scale, landmarks)
 
 
+def _geometry(record: Record, view: View) -> Batch:
+    """Positions in the view's picture, and its micro-conditions."""
+    return {
+        "keypoints": move_points(record.keypoints, record.size, view),
+        "face_box": move_box(record.face_box, record.size, view),
+        "sizes": time_ids(record.size, view),
+    }
+
+
 def _dropped(config: LoaderConfig, position: int) -> tuple[bool, bool]:
     """(without text, without identity): three exclusive shares of one uniform draw."""
-    draw = uniform(config.seed, position, _DROP)
+    draw = uniform(config.seed, position, DROP)
     if draw < config.drop_both:
         return True, True
     if draw < config.drop_both + config.drop_text:
@@ -268,6 +287,7 @@ class BatchIterator(grain.DatasetIterator):
         super().__init__()
         self._samples, self._rows = samples, rows
         self._inner: Any = None
+        self._resident: Resident | None = None
         self._go_to(start_position)
 
     def __next__(self) -> Batch:
@@ -325,11 +345,15 @@ class BatchIterator(grain.DatasetIterator):
     def _open(self) -> Any:
         config = self._samples.config
         whole, rows = config.global_batch, self._rows
-        own = grain.MapDataset.range(self._position // whole * len(rows), _END // whole * len(rows))
-        batches = own.map(lambda i: int(i // len(rows) * whole + rows[i % len(rows)])).map(self._samples).batch(len(rows))
         options = grain.ReadOptions(
             num_threads=config.num_threads, prefetch_buffer_size=max(config.prefetch, config.num_threads) if config.num_threads else 0
         )
+        if config.in_memory:
+            resident = self._resident = self._resident or self._samples.resident()
+            steps = grain.MapDataset.range(self._position // whole, _END // whole)
+            return iter(steps.map(lambda step: resident(int(step) * whole + rows)).to_iter_dataset(options))
+        own = grain.MapDataset.range(self._position // whole * len(rows), _END // whole * len(rows))
+        batches = own.map(lambda i: int(i // len(rows) * whole + rows[i % len(rows)])).map(self._samples).batch(len(rows))
         return iter(batches.to_iter_dataset(options))
 
 

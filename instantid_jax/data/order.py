@@ -20,7 +20,10 @@ import numpy as np
 
 from instantid_jax.data.record import DataError
 
-__all__ = ["BatchOrder", "Buckets", "permute", "pick", "uniform"]
+__all__ = ["CAPTION", "CROP_X", "CROP_Y", "DROP", "OTHER", "REFERENCE", "BatchOrder", "Buckets", "permute", "pick", "uniform", "uniforms"]
+
+DROP, CAPTION, REFERENCE, OTHER, CROP_Y, CROP_X = range(6)
+"""What a number is drawn for at a position: the `purpose` of `uniform`."""
 
 _MASK = (1 << 64) - 1
 _ROUNDS = 6
@@ -45,6 +48,20 @@ def _hash(*values: int) -> int:
 def uniform(seed: int, position: int, purpose: int) -> float:
     """A number in [0, 1) that belongs to one purpose at one position of one run."""
     return (_hash(seed, position, purpose) >> 11) * 2.0**-53
+
+
+def uniforms(seed: int, positions: np.ndarray, purpose: int) -> np.ndarray:
+    """`uniform` at many positions at once: float64 of their shape."""
+    state = _mixes(np.uint64(_mix(seed & _MASK)) ^ positions.astype(np.uint64))
+    return (_mixes(state ^ np.uint64(purpose)) >> np.uint64(11)) * 2.0**-53
+
+
+def _mixes(x: np.ndarray) -> np.ndarray:
+    """`_mix` of an array of uint64."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def pick(count: int, seed: int, position: int, purpose: int) -> int:

@@ -282,13 +282,14 @@ class SameIdentity:
         self._labels = np.asarray(identity)[self._order]
         self._identity = identity
 
-    def others(self, index: int) -> int:
-        """How many other records show the person of record `index`; 0 where the label is unknown."""
+    def others(self, index: Any) -> np.ndarray:
+        """How many other records show the person of record `index` (one or an array of them); 0 where the label is unknown."""
         label = self._identity[index]
-        return 0 if label == 0 else int(np.searchsorted(self._labels, label, "right") - np.searchsorted(self._labels, label, "left")) - 1
+        count = np.searchsorted(self._labels, label, "right") - np.searchsorted(self._labels, label, "left") - 1
+        return np.where(label == 0, 0, count)
 
-    def other(self, index: int, rank: int) -> int:
-        """Index of number `rank` of these others, by rising index."""
-        first = int(np.searchsorted(self._labels, self._identity[index], "left"))
-        candidate = int(self._order[first + rank])
-        return candidate if candidate < index else int(self._order[first + rank + 1])
+    def other(self, index: Any, rank: Any) -> np.ndarray:
+        """Index of number `rank` of these others, by rising index; one of each or arrays."""
+        place = np.searchsorted(self._labels, self._identity[index], "left") + rank
+        candidate = self._order[place]
+        return np.where(candidate < index, candidate, self._order[np.minimum(place + 1, len(self._order) - 1)])

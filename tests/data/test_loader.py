@@ -92,6 +92,26 @@ def test_a_process_may_have_rows_that_lie_apart(mixed, threads):
     loader.close()
 
 
+@pytest.mark.parametrize("options", [{}, {"paired_reference": 0.7, "identity_caption": 0.5}, {"keypoint_style": "none"}])
+def test_a_set_in_memory_gives_the_same_batches(latents, options):
+    config = LoaderConfig(5, global_batch=8, resolution=64, cached_latents=True, drop_text=0.2, drop_identity=0.2, drop_both=0.2, **options)
+    inside = dataclasses.replace(config, in_memory=True)
+    for step, (a, b) in enumerate(zip(take(latents, config, 40, start=16), take(latents, inside, 40, start=16), strict=True)):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=f"{step} {name}")
+            assert a[name].dtype == b[name].dtype
+    halves = [take(latents, inside, 3, (p, 2)) for p in range(2)]
+    for step, batch in enumerate(take(latents, config, 3)):
+        assert equal(batch, {k: np.concatenate([half[step][k] for half in halves]) for k in batch})
+
+
+def test_only_latents_of_one_size_can_lie_in_memory():
+    for options in ({}, {"cached_latents": True, "cached_text": True}, {"cached_latents": True, "buckets": BUCKETS}):
+        with pytest.raises(DataError, match="in_memory needs cached_latents"):
+            LoaderConfig(in_memory=True, **options)
+
+
 @pytest.mark.parametrize("threads", [0, 3])
 def test_a_restart_goes_on_where_it_stopped(mixed, threads):
     config = dataclasses.replace(CONFIG, num_threads=threads)
