@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in (".", "tests/parity", "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "parity"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from vs_pytorch import clock, jax_step_program, middle_model
 
