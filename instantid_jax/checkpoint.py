@@ -23,7 +23,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["WeightsError", "has_weights", "load_weights", "quiet_orbax", "save_weights"]
+__all__ = ["WeightsError", "has_weights", "load_weights", "quiet_orbax", "save_weights", "stored_networks"]
 
 SINGLE_FILE = "weights.safetensors"
 _METADATA = "_CHECKPOINT_METADATA"
@@ -152,6 +152,15 @@ def has_weights(directory: str | Path) -> bool:
         return False
     with _opened(file) as names:
         return any(name.startswith(f"{directory.name}/") for name in names.keys())  # noqa: SIM118 (no mapping)
+
+
+def stored_networks(folder: str | Path) -> list[str]:
+    """Names of the networks whose weights are in a folder, sorted: those of its single file, or its checkpoints."""
+    folder = Path(folder)
+    if (folder / SINGLE_FILE).is_file():
+        with _opened(folder / SINGLE_FILE) as names:
+            return sorted({name.split("/")[0] for name in names.keys()})  # noqa: SIM118 (no mapping)
+    return sorted(found.parent.name for found in folder.glob(f"*/{_METADATA}"))
 
 
 def _load_single(file: Path, network: str, dtype: str | None, shardings: Mapping[str, jax.sharding.Sharding] | None) -> dict[str, Any]:
