@@ -21,7 +21,7 @@ from jax.errors import JaxRuntimeError
 
 from convert_weights.lora import read_loras
 from instantid_jax.config import ComputeConfig, sdxl
-from instantid_jax.demo import count_people, draw_people, save_sheet
+from instantid_jax.demo import count_people, demo_prompts, draw_people, save_sheet
 from instantid_jax.face import FaceError, load_analyzer
 from instantid_jax.jobs import run_jobs
 from instantid_jax.options import OptionError, check_folder, status_of, wrong_options
@@ -29,12 +29,13 @@ from instantid_jax.output import save_run
 from instantid_jax.parallel.distributed import leave
 from instantid_jax.pipeline import check_call, read_config
 from instantid_jax.progress import CompileSeconds, StepBar
-from instantid_jax.references import photos_table, read_identity
+from instantid_jax.prompts import prompts_of
+from instantid_jax.references import check_files, photos_table, read_identity
 from instantid_jax.request import in_options
 from instantid_jax.running import keep_compiled
 from instantid_jax.sample_options import SampleOptions, gathered
 from instantid_jax.sampling import conditions_of, group_conditions, inputs_of, model_config, open_pipeline, read_people, settings_of
-from instantid_jax.variants import draw_variants, save_variants, variants_of
+from instantid_jax.variants import draw_variants, prompt_variants, save_variants, variants_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,7 +70,13 @@ def run(given: SampleOptions) -> list[Path]:
     with wrong_options():
         given.check()
         s = given.filled()
-        call = s.call()
+        check_files([*s.style_file, *filter(None, (s.prompt_file,))])
+        asked, columns = prompts_of(s)
+        s = asked[0].options
+        call, variants = s.call(), prompt_variants(asked)
+        if len(asked) > 1 and (s.view or s.blend):
+            raise ValueError(f"--{'view' if s.view else 'blend'} goes with one prompt, not {len(asked)}")
+        prompts = demo_prompts(asked if (given.prompt, given.style, given.prompt_file) != (None, (), None) else None, s.negative_prompt)
     listed = read_people(s)
     if s.is_demo and s.control_mask is not None:
         raise OptionError("--control-mask has no meaning for the people who come along; name a photo with --face")
@@ -78,12 +85,14 @@ def run(given: SampleOptions) -> list[Path]:
     loras = read_loras(s.lora, config, s.allow_unknown_lora_keys)
     with wrong_options():
         request = check_call(config, nets=1 + len(s.controlnet), **call)
+        for variant in variants:
+            check_call(config, nets=1 + len(s.controlnet), **call | variant.change)
     analyzer = functools.cache(lambda: load_analyzer(s.analyzer or config.face_analyzer, s.analyzer_root))
     try:
         pose = read_identity((s.pose,), analyzer, face_index=s.pose_face_index) if s.pose else None
     except FaceError as error:
         raise ValueError(str(error).replace("--face-index", "--pose-face-index")) from error
-    keypoints, variants = None, []
+    keypoints = None
     if listed is not None:
         conditions, keypoints = group_conditions(s, config, listed, analyzer)
         call |= conditions
@@ -92,7 +101,7 @@ def run(given: SampleOptions) -> list[Path]:
     else:
         identity = read_identity(s.face, analyzer, config.resampler.embedding_dim, s.face_index, s.face_combine, s.face_weight or None)
         print(photos_table(identity), end="\n" if len(identity.reports) > 1 else "")
-        variants = variants_of(s, config, identity, analyzer)
+        variants = variants or variants_of(s, config, identity, analyzer)
         drawn = variants[0].change.get("image") if variants else None
         call |= conditions_of(s, config.keypoint_scale, pose or identity, drawn) | {"image_embeds": identity.embedding}
         keypoints = call["image"][0]
@@ -101,11 +110,14 @@ def run(given: SampleOptions) -> list[Path]:
     began = time.perf_counter()
     with StepBar(request.plan.num_calls * (count_people() if s.is_demo else len(variants) or 1)) as bar, CompileSeconds() as compiling:
         if keypoints is None:
-            sheet = draw_people(pipe, analyzer(), call | {"prompt": given.prompt}, pose, bar.on_step)
-            count, save = len(sheet.rows) * len(sheet.prompts), functools.partial(save_sheet, s.out, sheet, settings)
+            sheet = draw_people(pipe, analyzer(), call, prompts, pose, bar.on_step)
+            count, save = len(sheet.rows) * len(sheet.told), functools.partial(save_sheet, s.out, sheet, settings)
         elif variants:
             rows = draw_variants(pipe, call, variants, bar.on_step)
-            count, save = sum(map(len, rows)), functools.partial(save_variants, s.out, variants, rows, inputs_of(s), settings)
+            count, save = (
+                sum(map(len, rows)),
+                functools.partial(save_variants, s.out, variants, rows, inputs_of(s, listed), settings, columns if len(asked) > 1 else None),
+            )
         else:
             images = pipe(**call, on_step=bar.on_step).images
             count, save = len(images), functools.partial(save_run, s.out, images, keypoints, inputs_of(s, listed), settings)

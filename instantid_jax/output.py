@@ -164,7 +164,7 @@ def without_folders(value: Any) -> Any:
 
 
 def contact_sheet(pictures: Sequence[tuple[str, Image.Image]], *, columns: int | None = None, side: int = 384) -> Image.Image:
-    """Labelled pictures in a grid: each fitted into a square of `side` pixels, its label below."""
+    """Labelled pictures in a grid: each fitted into a square of `side` pixels, its label, or what fits of it, below."""
     margin, label = 12, 22
     columns = columns or min(len(pictures), max(3, math.ceil(math.sqrt(len(pictures)))))
     rows = math.ceil(len(pictures) / columns)
@@ -176,5 +176,15 @@ def contact_sheet(pictures: Sequence[tuple[str, Image.Image]], *, columns: int |
         fitted = picture.convert("RGB").resize(size, Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.LANCZOS)
         left, top = margin + (i % columns) * (side + margin), margin + (i // columns) * (side + label + margin)
         sheet.paste(fitted, (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2))
-        draw.text((left, top + side + 4), text, fill="black", font_size=14)
+        draw.text((left, top + side + 4), _cut(draw, text, side + margin // 2), fill="black", font_size=14)
     return sheet
+
+
+def _cut(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """The text, or as much of its beginning as fits."""
+    text = " ".join(text.split())
+    if draw.textlength(text, font_size=14) <= width:
+        return text
+    while text and draw.textlength(text + "...", font_size=14) > width:
+        text = text[:-1]
+    return text.rstrip() + "..."

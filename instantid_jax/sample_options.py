@@ -56,9 +56,13 @@ class SampleOptions:
     blend: tuple[Path, ...] = ()  # Photos of other people, one each: a strip of pictures from the --face person to them.
     blend_steps: int = 5  # How many pictures the strip has.
     blend_how: Literal["linear", "spherical"] = "spherical"  # Straight between the faces' embeddings, or along the arc between them.
-    prompt: str | None = None  # What to make; by default a film photo.
+    prompt: str | None = None  # What to make; by default a film photo. {red|blond} draws both: every combination is a picture (docs/pictures.md).
     negative_prompt: str | None = None  # What to avoid. Leaving it out is not the same as an empty text.
     prompt_weighting: bool = False  # Read (word:1.2), [word] and BREAK in prompts, and prompts of any length.
+    style: tuple[str, ...] = ()  # Templates around the prompt, by name: those of the published demo or of --style-file; each a picture.
+    style_file: tuple[Path, ...] = ()  # JSON files of more styles, as Fooocus has them: name, prompt with {prompt}, negative_prompt.
+    wildcards: Path | None = None  # Folder of text files: __hair__ in a prompt draws every line of hair.txt.
+    prompt_file: Path | None = None  # CSV file of prompts instead of --prompt: columns prompt, negative_prompt, seed, style, strengths.
     num_images: int = 1  # How many pictures; picture i has seed + i.
     seed: int = 0  # Seed of the first picture.
     preset: PresetName | None = None  # Steps, sampler and guidance that a few-step model or LoRA is made for; what is given beside it counts first.
@@ -118,6 +122,8 @@ class SampleOptions:
             if self.sampler in (None, preset["sampler"]):
                 options = (*(f"{name}={value}" for name, value in preset["sampler_options"].items()), *options)
         given = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        if self.prompt_file is not None:
+            given.pop("prompt")
         return dataclasses.replace(self, **given, sampler_option=options)
 
     def check(self) -> None:
@@ -144,6 +150,10 @@ class SampleOptions:
             raise ValueError(f"--blend-steps must be between 2 and 1000, not {self.blend_steps}")
         for text in self.view:
             read_view(text)
+        if self.prompt_file is not None and self.prompt is not None:
+            raise ValueError("--prompt-file has the prompts; leave out --prompt")
+        if self.style_file and not self.style and self.prompt_file is None:
+            raise ValueError("--style-file holds styles to choose from; name one with --style")
         if self.lora and self.jobs is not None:
             raise ValueError("--lora does not go with --jobs: their pictures are drawn with the weights as they are")
         if len(self.lora_scale) not in (0, len(self.lora)):

@@ -24,7 +24,7 @@ from instantid_jax.sample_options import RUN_OPTIONS, SampleOptions
 
 __all__ = ["conditions_of", "group_conditions", "inputs_of", "model_config", "open_pipeline", "read_people", "settings_of"]
 
-ELSEWHERE = ("num_images", "people", "face", "blend", "pose", "control_image", "control_mask", *RUN_OPTIONS)
+ELSEWHERE = ("num_images", "style_file", "wildcards", "prompt_file", "people", "face", "blend", "pose", "control_image", "control_mask", *RUN_OPTIONS)
 """Options that are not stored as settings: names and hashes of the files tell them."""
 
 
