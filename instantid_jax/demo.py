@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +12,12 @@ from PIL import Image
 from instantid_jax.data.drawing import draw_keypoints
 from instantid_jax.defaults import PROMPTS, framed, people
 from instantid_jax.face import FaceAnalyzer, Identity, load_photo
-from instantid_jax.output import contact_sheet, free_path, save_png, without_folders
+from instantid_jax.output import contact_sheet, free_path, place_in_batch, run_settings, save_contact_sheet, save_picture, suffix_of, without_folders
 from instantid_jax.pipeline import InstantIDPipeline
 from instantid_jax.prompts import PER_PROMPT, Asked
 from instantid_jax.references import read_identity
 
-__all__ = ["Sheet", "count_people", "demo_prompts", "draw_people", "save_sheet"]
+__all__ = ["Sheet", "count_people", "demo_prompts", "demo_settings", "draw_people", "save_sheet"]
 
 _TILE = 160
 
@@ -61,8 +61,9 @@ def draw_people(
     prompts: Sequence[tuple[str, dict[str, Any]]],
     pose: Identity | None,
     on_step: Callable[[int], None],
+    only: str | None = None,
 ) -> Sheet:
-    """Draws every person of `people()` under every prompt: detected and embedded for real, then drawn in another pose.
+    """Draws every person of `people()`, or the one of that name, under every prompt: detected and embedded for real, then drawn in another pose.
 
     `call` holds the pipeline's arguments, `prompts` are `demo_prompts`. `pose` replaces everybody's own.
     """
@@ -71,6 +72,8 @@ def draw_people(
     size = (call["width"] or side, call["height"] or side)
     rows = []
     for person in people():
+        if only not in (None, person.name):
+            continue
         identity = read_identity((person.photo,), lambda: analyzer, pipe.config.resampler.embedding_dim)
         points = person.pose if pose is None or pose.face is None else framed(pose.face.kps)
         keypoints = Image.fromarray(draw_keypoints(size, points * np.asarray(size, np.float32), pipe.config.keypoint_scale))
@@ -86,16 +89,22 @@ def draw_people(
 
 def save_sheet(out: Path, sheet: Sheet, settings: dict[str, Any]) -> list[Path]:
     """Every picture, and all of them beside reference and keypoints. Returns the paths, the sheet last."""
-    settings = {key: without_folders(value) for key, value in settings.items()}
+    side = sheet.rows[0][3][0].size
+    settings = run_settings(side, {}, settings)
     paths: list[Path] = []
     tiles: list[tuple[str, Image.Image]] = []
     for name, photo, keypoints, pictures in sheet.rows:
         tiles += [(f"{name}: reference", photo), ("asked pose", keypoints), *zip(sheet.labels, pictures, strict=True)]
-        for number, (picture, told, seed) in enumerate(zip(pictures, sheet.told, sheet.seeds, strict=True)):
-            own = {key: without_folders(value) for key, value in told.items()}
-            about = settings | own | {"seed": seed, "face": name, "size": f"{picture.width}x{picture.height}"}
-            paths.append(free_path(out / f"{name}_{number:02d}.png", about))
-            save_png(picture, paths[-1], about)
-    whole = free_path(out / "sheet.png", settings)
-    save_png(contact_sheet(tiles, columns=2 + len(sheet.labels), side=_TILE), whole, settings)
-    return [*paths, whole]
+        for number, picture in enumerate(pictures):
+            own = demo_settings(sheet, name, number, settings)
+            paths.append(free_path(out / f"{name}_{number:02d}{suffix_of(own)}", own))
+            save_picture(picture, paths[-1], own)
+    whole = contact_sheet(tiles, columns=2 + len(sheet.labels), side=_TILE)
+    return [*paths, save_contact_sheet(out, whole, settings)]
+
+
+def demo_settings(sheet: Sheet, name: str, number: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What picture `number` of a person keeps; `settings` are all pictures'."""
+    texts = {f"{kind}s": [told[kind] for told in sheet.told] for kind in ("prompt", "negative_prompt")}
+    own = {key: without_folders(value) for key, value in sheet.told[number].items()}
+    return {**settings, **own, "face": name, **place_in_batch(sheet.seeds[0], number, len(sheet.told), **texts)}

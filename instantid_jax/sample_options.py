@@ -36,9 +36,9 @@ _SMALL: dict[str, Any] = {
 }
 
 
-RUN_OPTIONS = ("out", "jobs", "aot", "distributed", "coordinator", "processes", "process")
+RUN_OPTIONS = ("out", "jobs", "replay", "allow_changed_files", "aot", "distributed", "coordinator", "processes", "process")
 """Options that say where and how, and decide nothing of a picture."""
-NOT_FOR_JOBS = ("people", "view", "blend", "blend_steps", "blend_how")
+NOT_FOR_JOBS = ("people", "view", "blend", "blend_steps", "blend_how", "keep_face_vector")
 """Options of a single run that shows more than one person in one pose."""
 
 
@@ -100,7 +100,12 @@ class SampleOptions:
     vae_tiling: Literal["even", "diffusers"] | None = None  # Decode large pictures in tiles, against running out of memory: "even" is nearer to none.
     vae_tile_size: int | None = None  # Side of a tile in pixels, a multiple of 32; by default 1024.
     out: Path = Path("outputs")  # Folder for the pictures and the contact sheet. Pictures with other settings stay: new ones get a number.
+    format: Literal["png", "jpeg", "webp"] = "png"  # Kind of picture files; the contact sheet is a PNG.
+    watermark: bool = True  # Mark the files invisibly as generated; `python -m instantid_jax.watermark FILE` finds the mark.
+    keep_face_vector: bool = False  # Store the face's vector and keypoints in the files, which are biometric data; without it hashes alone.
 
+    replay: Path | None = None  # Make the picture of this file again, from the settings that it holds; options beside it count first.
+    allow_changed_files: bool = False  # With --replay: draw also where photos or weights are not those that the picture was made with.
     jobs: Path | None = None  # Many pictures: a JSONL file of faces, prompts, seeds and settings (docs/jobs.md). The other options are its defaults.
     aot: str | None = None  # Draw nothing: compile SDXL (or the model of --weights) for TPUs that are not at hand, as v5e:1x1: memory, FLOPs.
     distributed: bool = False  # With --jobs: share it with other processes, found as train.py finds them, or by the three below.
@@ -120,7 +125,8 @@ class SampleOptions:
             preset = PRESETS[self.preset]
             defaults = defaults | {"steps": preset["num_inference_steps"]} | {name: preset[name] for name in ("sampler", "guidance_scale")}
             if self.sampler in (None, preset["sampler"]):
-                options = (*(f"{name}={value}" for name, value in preset["sampler_options"].items()), *options)
+                own = (f"{name}={value}" for name, value in preset["sampler_options"].items())
+                options = (*(option for option in own if option not in options), *options)
         given = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         if self.prompt_file is not None:
             given.pop("prompt")
@@ -150,6 +156,12 @@ class SampleOptions:
             raise ValueError(f"--blend-steps must be between 2 and 1000, not {self.blend_steps}")
         for text in self.view:
             read_view(text)
+        if self.keep_face_vector and (self.people or self.is_demo or self.blend or self.enhance_non_face_region):
+            raise ValueError("--keep-face-vector is for one person named by --face; leave out --people, --blend and --enhance-non-face-region")
+        if self.replay is not None and self.jobs is not None:
+            raise ValueError("--replay makes one picture again; leave out --jobs")
+        if self.allow_changed_files and self.replay is None:
+            raise ValueError("--allow-changed-files has no meaning without --replay")
         if self.prompt_file is not None and self.prompt is not None:
             raise ValueError("--prompt-file has the prompts; leave out --prompt")
         if self.style_file and not self.style and self.prompt_file is None:

@@ -42,11 +42,13 @@ def open_pipeline(s: SampleOptions, loras: Sequence[Lora] = ()) -> InstantIDPipe
     return InstantIDPipeline.from_pretrained(s.weights, controlnets=s.controlnet, **options)
 
 
-def settings_of(s: SampleOptions, digest: dict[str, str] | None = None, loras: Sequence[Lora] = ()) -> dict[str, Any]:
-    """What a picture keeps of its options; `digest` is the weights' where it is known already."""
-    about = {"model": "the small model" if s.weights is None else s.weights.resolve().name, "version": f"instantid_jax {__version__}"}
-    about |= weights_digest(s.weights or DEFAULT_WEIGHTS) if digest is None else digest
+def settings_of(s: SampleOptions, loras: Sequence[Lora] = ()) -> dict[str, Any]:
+    """What a picture keeps of its options, and hashes of the weights."""
+    about: dict[str, Any] = {"model": "the small model" if s.weights is None else s.weights.resolve().name}
+    about |= {"version": f"instantid_jax {__version__}", "weights_sha256": weights_digest(s.weights or DEFAULT_WEIGHTS)}
     about |= {"lora_sha256": [lora.digest for lora in loras]} if loras else {}
+    about |= {"controlnet_sha256": [weights_digest(folder) for folder in s.controlnet]} if s.controlnet else {}
+    about |= {"analyzer_sha256": weights_digest(s.analyzer_root)} if s.analyzer_root else {}
     return {name: value for name, value in asdict(s).items() if name not in ELSEWHERE} | about
 
 

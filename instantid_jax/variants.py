@@ -16,7 +16,7 @@ from instantid_jax.config import ModelConfig
 from instantid_jax.data.drawing import draw_keypoints
 from instantid_jax.defaults import EYE_DISTANCE, EYES
 from instantid_jax.face import FaceAnalyzer, Identity, interpolate_embeddings, read_view, view_keypoints
-from instantid_jax.output import contact_sheet, free_path, run_settings, save_png, without_folders
+from instantid_jax.output import contact_sheet, free_path, place_in_batch, run_settings, save_contact_sheet, save_picture, suffix_of, without_folders
 from instantid_jax.pipeline import InstantIDPipeline
 from instantid_jax.prompts import PER_PROMPT, Asked
 from instantid_jax.references import read_identity
@@ -98,11 +98,10 @@ def save_variants(
     for variant, pictures in zip(variants, rows, strict=True):
         for i, picture in enumerate(pictures):
             own = about | {name: without_folders(value) for name, value in variant.told.items()}
-            own["seed"] = (own["seed"] + i) % 2**32
-            paths.append(free_path(out / f"{variant.name}_{own['seed']:06d}.png", own))
-            save_png(picture, paths[-1], own)
+            own |= place_in_batch(own["seed"], i, len(pictures))
+            paths.append(free_path(out / f"{variant.name}_{own['seed']:06d}{suffix_of(own)}", own))
+            save_picture(picture, paths[-1], own)
     tiles = [(variant.label, variant.change["image"]) for variant in variants if "image" in variant.change]
     tiles += [(variant.label, row[i]) for i in range(len(rows[0])) for variant, row in zip(variants, rows, strict=True)]
-    sheet = free_path(out / "sheet.png", about)
-    save_png(contact_sheet(tiles, columns=columns or len(variants), side=_TILE), sheet, about)
-    return [*paths, sheet]
+    sheet = contact_sheet(tiles, columns=columns or len(variants), side=_TILE)
+    return [*paths, save_contact_sheet(out, sheet, about)]
