@@ -30,6 +30,8 @@ class Sheet(NamedTuple):
     told: list[dict[str, Any]]
     """Settings of each."""
     seeds: list[int]
+    per_prompt: int
+    """Pictures of each prompt, one after the other."""
     rows: list[tuple[str, Image.Image, Image.Image, list[Image.Image]]]
     """(person, reference photo, keypoint picture, drawn pictures)."""
 
@@ -84,7 +86,7 @@ def draw_people(
         rows.append((person.name, load_photo(person.photo), keypoints, pipe(**arguments, on_step=on_step).images))
     many = [one for one in prompts for _ in range(count)]
     seeds = [(call["seed"] + i) % 2**32 for i in range(len(many))]
-    return Sheet([label for label, _ in many], [told for _, told in many], seeds, rows)
+    return Sheet([label for label, _ in many], [told for _, told in many], seeds, count, rows)
 
 
 def save_sheet(out: Path, sheet: Sheet, settings: dict[str, Any]) -> list[Path]:
@@ -105,6 +107,6 @@ def save_sheet(out: Path, sheet: Sheet, settings: dict[str, Any]) -> list[Path]:
 
 def demo_settings(sheet: Sheet, name: str, number: int, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What picture `number` of a person keeps; `settings` are all pictures'."""
-    texts = {f"{kind}s": [told[kind] for told in sheet.told] for kind in ("prompt", "negative_prompt")}
+    texts = {f"{kind}s": [told[kind] for told in sheet.told[:: sheet.per_prompt]] for kind in ("prompt", "negative_prompt")}
     own = {key: without_folders(value) for key, value in sheet.told[number].items()}
     return {**settings, **own, "face": name, **place_in_batch(sheet.seeds[0], number, len(sheet.told), **texts)}

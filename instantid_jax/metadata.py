@@ -133,8 +133,8 @@ def _check_batch(batch: dict[str, Any], content: dict[str, Any]) -> None:
     texts = batch.get("prompts"), batch.get("negative_prompts")
     if (texts[0] is None) != (texts[1] is None) or ("face" in content) != (texts[0] is not None):
         raise ValueError("prompts and negative_prompts of batch go together, and with face")
-    if texts[0] is not None and not (len(texts[0]) == len(texts[1]) == batch["count"]):  # type: ignore[arg-type]
-        raise ValueError("batch has another number of prompts than pictures")
+    if texts[0] is not None and texts[1] is not None and not (texts[0] and len(texts[0]) == len(texts[1]) and batch["count"] % len(texts[0]) == 0):
+        raise ValueError("batch has prompts that do not go evenly into its pictures")
 
 
 Check = Callable[[Any], str | None]
