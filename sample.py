@@ -96,8 +96,10 @@ def run(given: SampleOptions, replay: Replay | None = None) -> list[Path]:
         call, variants = s.call(), prompt_variants(asked)
         if len(asked) > 1 and (s.view or s.blend):
             raise ValueError(f"--{'view' if s.view else 'blend'} goes with one prompt, not {len(asked)}")
-        named = asked if (given.prompt, given.style, given.prompt_file) != (None, (), None) else None
-        prompts = again.prompts(s) if again and again.person else demo_prompts(named, s.negative_prompt)
+        prompts = []
+        if s.is_demo:
+            told = (given.prompt, given.style, given.prompt_file) != (None, (), None)
+            prompts = again.prompts(s) if again and again.person else demo_prompts(asked if told else None, s.negative_prompt)
     listed = read_people(s)
     if s.is_demo and s.control_mask is not None:
         raise OptionError("--control-mask has no meaning for the people who come along; name a photo with --face")

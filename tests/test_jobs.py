@@ -61,7 +61,7 @@ def face(tmp_path):
 
 def run(tmp_path, *lines, **given):
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return jobs.run_jobs(SampleOptions(jobs=tmp_path / "jobs.jsonl", out=tmp_path / "out", **given))
+    return jobs.run_jobs(SampleOptions(jobs=tmp_path / "jobs.jsonl", out=tmp_path / "out", watermark=False, **given))
 
 
 def report(tmp_path):
