@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from instantid_jax.config import ModelConfig
 from instantid_jax.pipeline import check_call
+from instantid_jax.prompts import prompts_of
 from instantid_jax.published import did_you_mean
 from instantid_jax.request import in_options
 from instantid_jax.sample_options import NOT_FOR_JOBS, RUN_OPTIONS, SampleOptions
@@ -97,18 +98,24 @@ def _fields(text: str) -> dict[str, Any]:
 
 
 def _pictures(number: int, fields: dict[str, Any], folder: Path, given: SampleOptions, config: ModelConfig) -> list[Picture]:
+    if "prompt" in fields and "prompt_file" in fields:
+        raise ValueError("has prompt and prompt_file; give one of them")
+    if "prompt" in fields or "prompt_file" in fields:  # what the line has counts first
+        given = dataclasses.replace(given, prompt=None, prompt_file=None)
     person, prompts, seeds = fields.pop("person", None), fields.pop("prompt", given.prompt), fields.pop("seed", given.seed)
     values = {name: _value(name, value, _HINTS[name], folder) for name, value in fields.items()}
     options = dataclasses.replace(given, **values).filled()
     if not options.face:
         raise ValueError("has no face: name a photo, several of one person, or a stored face")
     options.check()
-    pictures = []
-    for prompt in _several("prompt", options.prompt if prompts is None else prompts, str):
-        for seed in _several("seed", seeds, int):
-            if not 0 <= seed < 2**32:
-                raise ValueError(f"seed must be between 0 and {2**32 - 1}, not {seed}")
-            pictures.append(Picture(number, _folder(person, options.face[0]), dataclasses.replace(options, prompt=prompt, seed=seed)))
+    pictures, own_seeds = [], _several("seed", seeds, int)
+    texts = [None] if options.prompt_file is not None else _several("prompt", options.prompt if prompts is None else prompts, str)
+    for text in texts:
+        for _, asked in prompts_of(dataclasses.replace(options, prompt=text, seed=-1)).asked:
+            for seed in own_seeds if asked.seed == -1 else [asked.seed]:
+                if not 0 <= seed < 2**32:
+                    raise ValueError(f"seed must be between 0 and {2**32 - 1}, not {seed}")
+                pictures.append(Picture(number, _folder(person, options.face[0]), dataclasses.replace(asked, seed=seed)))
     check_call(config, nets=1 + len(options.controlnet), **pictures[0].options.call())
     return pictures
 

@@ -36,9 +36,9 @@ _SMALL: dict[str, Any] = {
 }
 
 
-RUN_OPTIONS = ("out", "jobs", "aot", "distributed", "coordinator", "processes", "process")
+RUN_OPTIONS = ("out", "jobs", "replay", "allow_changed_files", "aot", "distributed", "coordinator", "processes", "process")
 """Options that say where and how, and decide nothing of a picture."""
-NOT_FOR_JOBS = ("people", "view", "blend", "blend_steps", "blend_how")
+NOT_FOR_JOBS = ("people", "view", "blend", "blend_steps", "blend_how", "keep_face_vector")
 """Options of a single run that shows more than one person in one pose."""
 
 
@@ -56,9 +56,13 @@ class SampleOptions:
     blend: tuple[Path, ...] = ()  # Photos of other people, one each: a strip of pictures from the --face person to them.
     blend_steps: int = 5  # How many pictures the strip has.
     blend_how: Literal["linear", "spherical"] = "spherical"  # Straight between the faces' embeddings, or along the arc between them.
-    prompt: str | None = None  # What to make; by default a film photo.
+    prompt: str | None = None  # What to make; by default a film photo. {red|blond} draws both: every combination is a picture (docs/pictures.md).
     negative_prompt: str | None = None  # What to avoid. Leaving it out is not the same as an empty text.
     prompt_weighting: bool = False  # Read (word:1.2), [word] and BREAK in prompts, and prompts of any length.
+    style: tuple[str, ...] = ()  # Templates around the prompt, by name: those of the published demo or of --style-file; each a picture.
+    style_file: tuple[Path, ...] = ()  # JSON files of more styles, as Fooocus has them: name, prompt with {prompt}, negative_prompt.
+    wildcards: Path | None = None  # Folder of text files: __hair__ in a prompt draws every line of hair.txt.
+    prompt_file: Path | None = None  # CSV file of prompts instead of --prompt: columns prompt, negative_prompt, seed, style, strengths.
     num_images: int = 1  # How many pictures; picture i has seed + i.
     seed: int = 0  # Seed of the first picture.
     preset: PresetName | None = None  # Steps, sampler and guidance that a few-step model or LoRA is made for; what is given beside it counts first.
@@ -96,7 +100,12 @@ class SampleOptions:
     vae_tiling: Literal["even", "diffusers"] | None = None  # Decode large pictures in tiles, against running out of memory: "even" is nearer to none.
     vae_tile_size: int | None = None  # Side of a tile in pixels, a multiple of 32; by default 1024.
     out: Path = Path("outputs")  # Folder for the pictures and the contact sheet. Pictures with other settings stay: new ones get a number.
+    format: Literal["png", "jpeg", "webp"] = "png"  # Kind of picture files; the contact sheet is a PNG.
+    watermark: bool = True  # Mark the files invisibly as generated; `python -m instantid_jax.watermark FILE` finds the mark.
+    keep_face_vector: bool = False  # Store the face's vector and keypoints in the files, which are biometric data; without it hashes alone.
 
+    replay: Path | None = None  # Make the picture of this file again, from the settings that it holds; options beside it count first.
+    allow_changed_files: bool = False  # With --replay: draw also where photos or weights are not those that the picture was made with.
     jobs: Path | None = None  # Many pictures: a JSONL file of faces, prompts, seeds and settings (docs/jobs.md). The other options are its defaults.
     aot: str | None = None  # Draw nothing: compile SDXL (or the model of --weights) for TPUs that are not at hand, as v5e:1x1: memory, FLOPs.
     distributed: bool = False  # With --jobs: share it with other processes, found as train.py finds them, or by the three below.
@@ -116,8 +125,11 @@ class SampleOptions:
             preset = PRESETS[self.preset]
             defaults = defaults | {"steps": preset["num_inference_steps"]} | {name: preset[name] for name in ("sampler", "guidance_scale")}
             if self.sampler in (None, preset["sampler"]):
-                options = (*(f"{name}={value}" for name, value in preset["sampler_options"].items()), *options)
+                own = (f"{name}={value}" for name, value in preset["sampler_options"].items())
+                options = (*(option for option in own if option not in options), *options)
         given = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        if self.prompt_file is not None:
+            given.pop("prompt")
         return dataclasses.replace(self, **given, sampler_option=options)
 
     def check(self) -> None:
@@ -144,6 +156,16 @@ class SampleOptions:
             raise ValueError(f"--blend-steps must be between 2 and 1000, not {self.blend_steps}")
         for text in self.view:
             read_view(text)
+        if self.keep_face_vector and (self.people or self.is_demo or self.blend or self.enhance_non_face_region):
+            raise ValueError("--keep-face-vector is for one person named by --face; leave out --people, --blend and --enhance-non-face-region")
+        if self.replay is not None and self.jobs is not None:
+            raise ValueError("--replay makes one picture again; leave out --jobs")
+        if self.allow_changed_files and self.replay is None:
+            raise ValueError("--allow-changed-files has no meaning without --replay")
+        if self.prompt_file is not None and self.prompt is not None:
+            raise ValueError("--prompt-file has the prompts; leave out --prompt")
+        if self.style_file and not self.style and self.prompt_file is None:
+            raise ValueError("--style-file holds styles to choose from; name one with --style")
         if self.lora and self.jobs is not None:
             raise ValueError("--lora does not go with --jobs: their pictures are drawn with the weights as they are")
         if len(self.lora_scale) not in (0, len(self.lora)):

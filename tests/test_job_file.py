@@ -81,3 +81,15 @@ def test_the_line_is_counted_and_nothing_is_no_job(tmp_path):
     (tmp_path / "jobs.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(JobError, match="is no UTF-8 text"):
         read_jobs(tmp_path / "jobs.jsonl", SampleOptions(), tiny())
+
+
+def test_a_line_has_alternatives_styles_and_a_file_of_prompts(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,seed,style\nx,0,\n{y|z},,Photo\n")
+    lines = [
+        '{"face": "a.jpg", "prompt": ["{a|b}", "c"], "seed": [1, 2], "style": ["Photo", "Pixel art"]}',
+        '{"face": "a.jpg", "prompt_file": "p.csv", "seed": [4, 5]}',
+    ]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
+    found = [(p.options.prompt, p.options.seed) for p in read_jobs(tmp_path / "jobs.jsonl", SampleOptions(prompt="given"), tiny())]
+    texts = [f"{style} of {text}" for text in "abc" for style in ("photo", "pixel art")]
+    assert found == [(text, seed) for text in texts for seed in (1, 2)] + [("x", 0)] + [(f"photo of {text}", s) for text in "yz" for s in (4, 5)]
