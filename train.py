@@ -104,7 +104,7 @@ def prepare_data(config: TrainConfig) -> None:
     """Makes the data sets that are missing, by the recipe's own commands. Raises ValueError where that fails."""
     if is_main():
         for line in config.prepare:
-            if not prepared_folder(line).exists():
+            if not any(prepared_folder(line).glob("**/dataset_info.json")):  # what was cut off has none, and is made again
                 from instantid_jax.data.prepare import main as prepare  # needs more packages than training does
 
                 print(f"preparing data: {line}", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -45,6 +46,8 @@ class Range(NamedTuple):
 
     def problem(self, value: float) -> str | None:
         """None for a value inside, else "must be at least 1, got 0". NaN is never inside."""
+        if not isinstance(value, numbers.Real):
+            return f"must be a number, got {value!r}"
         if (self.low < value if self.above else self.low <= value) and (value < self.high if self.below else value <= self.high):
             return None
         if not self.above and not self.below and math.isfinite(self.low) and math.isfinite(self.high):

@@ -318,7 +318,7 @@ _RANGES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status: 0, 2 for a wrong option, 1 for what else fails."""
+    """Command line; returns the exit status: 0, 2 for a wrong option, 130 when interrupted, 1 for what else fails."""
     check_command("prepare", arguments, COMMANDS)
     command = tyro.cli(Command, args=arguments, prog="python -m instantid_jax.data.prepare", description=__doc__)  # type: ignore[call-overload]
     try:
@@ -327,6 +327,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (DataError, OSError, ValueError, ImportError) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return status_of(error)
+    except KeyboardInterrupt:
+        print("prepare: interrupted; the data set is not complete, and the same command makes it anew", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

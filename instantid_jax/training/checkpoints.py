@@ -118,7 +118,11 @@ class Checkpoints:
             except _Damaged as problem:
                 earlier = [s for s in steps if s < number]
                 if damaged != "previous" or not earlier or step is not None:
-                    hint = f"; --resume-damaged previous goes on from step {earlier[-1]}" if earlier and step is None else ""
+                    hint = (
+                        f"; --resume-damaged previous goes on from step {earlier[-1]}"
+                        if earlier and step is None
+                        else "; move it elsewhere to begin anew, or give another --out"
+                    )
                     raise CheckpointError(f"checkpoint {self.folder / str(number)} is damaged ({problem}){hint}") from problem
                 _say(f"checkpoint {self.folder / str(number)} is damaged ({problem}); going on from step {earlier[-1]}")
                 continue

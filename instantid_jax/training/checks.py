@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 import shlex
+import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,7 +64,7 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 def check_choices(config: Any, where: str) -> None:
-    """Raises `ConfigError` where a field that is one of some words, here or in a part, is another."""
+    """Raises `ConfigError` where a field, here or in a part, is of another type, or is one of some words and another."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
@@ -71,6 +72,29 @@ def check_choices(config: Any, where: str) -> None:
             check_choices(value, f"{where}.{field.name}")
         elif typing.get_origin(hint) is Literal and value not in (known := typing.get_args(hint)):
             raise ConfigError(f"{where}.{field.name}: {value!r} is none of {', '.join(map(str, known))}{did_you_mean(str(value), map(str, known))}")
+        elif not _fits(value, hint):
+            wanted = field.type if isinstance(field.type, str) else getattr(hint, "__name__", str(hint))
+            raise ConfigError(f"{where}.{field.name} is {value!r}, a {type(value).__name__}; it must be of the type {wanted}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is what a type hint of a configuration says. A whole number may stand for a float; True is no number."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(parts) == 2 and parts[1] is ...:
+            return all(_fits(one, parts[0]) for one in value)
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if hint in (int, float):
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)
 
 
 def check_ranges(config: Any, where: str) -> None:

@@ -170,7 +170,7 @@ class CheckpointConfig:
     keep_best: int = 0
     """How many of the best by `metric` are kept besides."""
     metric: str = "validation/loss"
-    """Lower is better."""
+    """What ranks them: the smaller the better, but of a `_gap` the larger."""
 
 
 @dataclasses.dataclass(frozen=True)

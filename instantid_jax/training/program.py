@@ -24,7 +24,7 @@ from instantid_jax.training.config import TrainConfig
 from instantid_jax.training.networks import training_networks
 from instantid_jax.training.objectives import Objective
 from instantid_jax.training.optim import make_optimizer
-from instantid_jax.training.state import TrainState, initial_state, split
+from instantid_jax.training.state import TrainState, check_multipliers, initial_state, split
 from instantid_jax.training.step import make_evaluation, make_step
 
 __all__ = ["CompiledStep", "Program"]
@@ -52,6 +52,7 @@ class Program:
         self.objective = Objective(self.networks, config.model, config.stage, config.loss)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         trained, frozen = split({name: network.abstract for name, network in self.networks.items()}, config.stage)
+        check_multipliers(trained, config.optimizer.multipliers)
         trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trained)
         state = jax.eval_shape(self._initial, trained)
         self.whole = whole = NamedSharding(mesh, PartitionSpec())

@@ -6,6 +6,7 @@ Trees of a training are nested dicts ``{network: parameters}``; `split` cuts one
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import optax
 from instantid_jax.checkpoint import has_weights, load_weights
 from instantid_jax.models import Network
 from instantid_jax.paths import Tree, flatten, map_paths, partition, unflatten
+from instantid_jax.published import ConfigError
 from instantid_jax.training.config import InitConfig, StageConfig
 
 __all__ = ["InitError", "TrainState", "check_start", "initial_parameters", "initial_state", "merge", "split"]
@@ -43,6 +45,15 @@ class TrainState(NamedTuple):
 def split(tree: Mapping[str, Any], stage: StageConfig) -> tuple[Tree, Tree]:
     """(trained, frozen) parts of ``{network: parameters}``. Raises `PathError` for a pattern that matches nothing."""
     return partition(tree, stage.trainable)
+
+
+def check_multipliers(trained: Tree, multipliers: Iterable[tuple[str, float]]) -> None:
+    """Raises `ConfigError` for a learning-rate factor whose pattern matches nothing that is trained."""
+    paths = flatten(trained)
+    for pattern, _ in multipliers:
+        if not any(re.search(pattern, path) for path in paths):
+            known = ", ".join(sorted({path.split("/")[0] for path in paths}))
+            raise ConfigError(f"TrainConfig.optimizer.multipliers: {pattern!r} matches no trained parameter; those are of {known}")
 
 
 def merge(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Tree:

@@ -295,7 +295,7 @@ def test_the_only_one_damaged_is_never_a_fresh_start(tmp_path, like):
     damage_cut(tmp_path / "checkpoints" / "1")
     checkpoints = opened(tmp_path)
     for damaged in ("stop", "previous"):
-        with pytest.raises(CheckpointError, match=r"1 is damaged \(.*\)$"):
+        with pytest.raises(CheckpointError, match=r"1 is damaged \(.*\); move it elsewhere to begin anew"):
             checkpoints.restore(like, damaged=damaged)
     checkpoints.close()
 

@@ -7,8 +7,12 @@ import pytest
 import small
 
 from instantid_jax.config import ConfigError, from_json, to_json
+from instantid_jax.data.loader import LoaderConfig
+from instantid_jax.data.record import DataError
+from instantid_jax.parallel.mesh import make_mesh
 from instantid_jax.training.checks import RANGES, prepared_folder
 from instantid_jax.training.config import INSTANTID, InitConfig, LossConfig, OptimizerConfig, StageConfig, TrainConfig
+from instantid_jax.training.program import Program
 
 
 def test_it_survives_json():
@@ -138,3 +142,29 @@ def test_an_identity_loss_brings_its_critic():
 def test_the_seed_of_the_run_decides_the_order():
     config = small.recipe("out", "weights", seed=7, loader__seed=2, optimizer=OptimizerConfig())
     assert config.data_loader.seed == 9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": "data"}, "TrainConfig.data is 'data', a str"),
+        ({"prepare": "portraits --out x"}, "TrainConfig.prepare is 'portraits --out x', a str"),
+        ({"steps": "100"}, "TrainConfig.steps is '100', a str"),
+        ({"steps": 10.5}, "TrainConfig.steps is 10.5, a float"),
+        ({"seed": True}, "TrainConfig.seed is True, a bool"),
+    ],
+)
+def test_a_value_of_another_type_is_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(small.quick("unused", "unused"), **change)
+
+
+def test_a_number_of_the_loader_that_is_none_is_named():
+    with pytest.raises(DataError, match="LoaderConfig: global_batch must be a number, got '8'"):
+        LoaderConfig(global_batch="8")  # type: ignore[arg-type]
+
+
+def test_a_learning_rate_for_nothing_is_refused():
+    config = small.recipe("unused", "unused", optimizer__multipliers=(("^resamplr", 2.0),))
+    with pytest.raises(ConfigError, match="'\\^resamplr' matches no trained parameter; those are of adapter, identitynet, resampler"):
+        Program(config, make_mesh())
