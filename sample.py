@@ -78,6 +78,8 @@ def run(given: SampleOptions) -> list[Path]:
     loras = read_loras(s.lora, config, s.allow_unknown_lora_keys)
     with wrong_options():
         request = check_call(config, nets=1 + len(s.controlnet), **call)
+        for other in s.compared():
+            check_call(config, nets=1 + len(s.controlnet), **other.call())
     analyzer = functools.cache(lambda: load_analyzer(s.analyzer or config.face_analyzer, s.analyzer_root))
     try:
         pose = read_identity((s.pose,), analyzer, face_index=s.pose_face_index) if s.pose else None

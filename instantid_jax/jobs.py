@@ -199,8 +199,7 @@ class _Drawing:
             self.spread = Spread(self.pipe)
         try:
             request = check_call(config, nets=1 + len(s.controlnet), **call)
-            guidance = call["guidance_scale"], call["guidance_rescale"]
-            inputs = self.pipe.prepare(request, conditions["image"], identity.embedding, conditions["control_mask"], guidance=guidance)
+            inputs = self.pipe.prepare(request, conditions["image"], identity.embedding, conditions["control_mask"])
         except PipelineError as error:
             return self._fail(task, "refused", in_fields(str(error)))
         return _Prepared(task, request, inputs)

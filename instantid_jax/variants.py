@@ -1,4 +1,4 @@
-"""One call several times with one thing changed: a sheet of views of a head, or a strip from one identity to others.
+"""One call several times with one thing changed: a sheet of views of a head or of strengths, or a strip from one identity to others.
 
 All of them are drawn from the same noise by the same compiled program.
 """
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from instantid_jax.config import ModelConfig
 from instantid_jax.data.drawing import draw_keypoints
 from instantid_jax.defaults import EYE_DISTANCE, EYES
 from instantid_jax.face import FaceAnalyzer, Identity, interpolate_embeddings, read_view, view_keypoints
 from instantid_jax.output import contact_sheet, free_path, run_settings, save_png
-from instantid_jax.pipeline import InstantIDPipeline
+from instantid_jax.pipeline import InstantIDPipeline, check_call
 from instantid_jax.references import read_identity
 from instantid_jax.sample_options import SampleOptions
 
@@ -26,6 +26,7 @@ __all__ = ["Variant", "draw_variants", "save_variants", "variants_of"]
 _USUAL_EYE_DISTANCE, _USUAL_EYES, _USUAL_SIDE = 0.13, (0.5, 0.42), 1024
 """Of a head and shoulders in a picture by the published weights: parts of the picture, pixels."""
 _TILE = 192
+_COLOURS = ("crimson", "royalblue", "darkgreen", "darkorange", "purple")
 
 
 class Variant(NamedTuple):
@@ -37,22 +38,58 @@ class Variant(NamedTuple):
     """On the sheet."""
     change: dict[str, Any]
     """Arguments of the pipeline."""
+    shown: Image.Image | None = None
+    """What stands above the pictures on the sheet."""
 
 
 def variants_of(s: SampleOptions, config: ModelConfig, identity: Identity, analyzer: Callable[[], FaceAnalyzer]) -> list[Variant]:
-    """What `--view` and `--blend` ask for; none of a plain call. Raises the face package's errors."""
+    """What `--view`, `--compare` and `--blend` ask for; none of a plain call. Raises the face package's errors."""
     if s.view:
         side, distance, place = (64, EYE_DISTANCE, EYES) if s.weights is None else (_USUAL_SIDE, _USUAL_EYE_DISTANCE, _USUAL_EYES)
         size = s.width or s.height or side, s.height or s.width or side
         points = [view_keypoints(read_view(text), distance, place, size) for text in s.view]
         pictures = [Image.fromarray(draw_keypoints(size, kps, config.keypoint_scale)) for kps in points]
-        return [Variant(f"view_{i:02d}", text, {"image": picture}) for i, (text, picture) in enumerate(zip(s.view, pictures, strict=True))]
+        return [Variant(f"view_{i:02d}", text, {"image": p}, p) for i, (text, p) in enumerate(zip(s.view, pictures, strict=True))]
+    if s.compare:
+        return [_compared(s, other, config, f"compare_{i:02d}", text) for i, (text, other) in enumerate(zip(s.compare, s.compared(), strict=True))]
     if not s.blend:
         return []
     others = [read_identity((path,), analyzer, config.resampler.embedding_dim).embedding for path in s.blend]
     blended = interpolate_embeddings(np.stack([identity.embedding, *others]), s.blend_steps, s.blend_how)
     places = np.linspace(0, len(others), s.blend_steps)
     return [Variant(f"blend_{i:02d}", f"{place:.2f}", {"image_embeds": e}) for i, (place, e) in enumerate(zip(places, blended, strict=True))]
+
+
+def _compared(s: SampleOptions, other: SampleOptions, config: ModelConfig, name: str, text: str) -> Variant:
+    """The call of `other` in the place of `s`; above it a strength over the steps, where that is what is compared."""
+    usual, call = s.call(), other.call()
+    change = {name: value for name, value in call.items() if value != usual[name]}
+    request, shown = check_call(config, nets=1 + len(s.controlnet), **call), None
+    option = text.partition("=")[0].strip().removeprefix("--").replace("-", "_")
+    strengths = {"identitynet_scale": (request.scales[0], request.places[0]), "ip_adapter_scale": (request.ip_adapter_scale, request.places[1])}
+    if option in strengths:
+        strength, places = strengths[option]
+        assert strength is not None, "the options were filled"
+        shown = _curves(strength.table(request.plan.steps, places, 2 if strength.outside else 1))
+    return Variant(name, text, change, shown)
+
+
+def _curves(table: np.ndarray) -> Image.Image:
+    """A strength [calls, sides, 1 or layers] over the calls, from left to right; a line each for layers and sides that differ. Grey is 0 and 1."""
+    picture = Image.new("RGB", (_TILE, _TILE), "white")
+    low, high = min(0.0, float(table.min())), max(1.0, float(table.max()))
+    draw, pad = ImageDraw.Draw(picture), 8
+
+    def y(value: float) -> float:
+        return pad + (_TILE - 2 * pad) * (high - value) / (high - low)
+
+    for level in (0, 1):
+        draw.line([(0, y(level)), (_TILE, y(level))], fill="lightgray")
+    width = _TILE / len(table)
+    for i, line in enumerate(np.unique(table.reshape(len(table), -1), axis=1).T):
+        points = [(x, y(float(value))) for call, value in enumerate(line) for x in (call * width, (call + 1) * width)]
+        draw.line(points, fill=_COLOURS[i % len(_COLOURS)], width=3)
+    return picture
 
 
 def draw_variants(
@@ -78,8 +115,9 @@ def save_variants(
             own = about | {"seed": (about["seed"] + i) % 2**32, "variant": variant.label}
             paths.append(free_path(out / f"{variant.name}_{own['seed']:06d}.png", own))
             save_png(picture, paths[-1], own)
-    tiles = [(variant.label, variant.change["image"]) for variant in variants if "image" in variant.change]
+    tiles = [(variant.label, variant.shown or Image.new("RGB", (_TILE, _TILE), "white")) for variant in variants if any(v.shown for v in variants)]
     tiles += [(variant.label, row[i]) for i in range(len(rows[0])) for variant, row in zip(variants, rows, strict=True)]
     sheet = free_path(out / "sheet.png", about)
-    save_png(contact_sheet(tiles, columns=len(variants), side=_TILE), sheet, about)
+    side = max(_TILE, 7 * max(len(variant.label) for variant in variants))
+    save_png(contact_sheet(tiles, columns=len(variants), side=side), sheet, about)
     return [*paths, sheet]
