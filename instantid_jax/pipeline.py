@@ -367,9 +367,9 @@ class InstantIDPipeline:
         noise = programs.initial_noise(seeds, shape) if latents is None else request.latents(latents, shape)
         conditions = self._conditions(request, images, embeddings, mask)
         conditions = conditions if several is None else with_people(conditions, several)
-        start, scale = jnp.asarray(noise) * plan.init_noise_sigma, request.guidance_scale
-        scale = jnp.float32(scale if len(scale) > 1 else scale[0])
-        return Inputs(conditions, start, jnp.asarray(seeds), plan, scale, jnp.float32(request.guidance_rescale), request.pace())
+        start, scale = jnp.asarray(noise) * plan.init_noise_sigma, np.asarray(request.guidance_scale, np.float32)
+        guidance = jnp.asarray(scale if request.branches > 2 else scale[0]), jnp.float32(request.guidance_rescale)
+        return Inputs(conditions, start, jnp.asarray(seeds), plan, *guidance, request.pace())
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """Where layers see the mesh that the weights are spread over (`nn.placement`)."""

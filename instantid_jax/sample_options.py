@@ -191,7 +191,18 @@ class SampleOptions:
     def call(self) -> dict[str, Any]:
         """Arguments of `InstantIDPipeline.__call__`, of options that `filled` gave; pictures and embedding are missing."""
         same = ("prompt", "negative_prompt", "prompt_weighting", "seed", "sampler", "clip_skip", "guidance_scale", "guidance_rescale")
-        same += ("guidance_start", "guidance_end", "identity_guidance_scale", "negative_identity_noise", "negative_identity_seed", "control_interval", "cache_interval", "cache_branch_id", "vae_tiling", "vae_tile_size")
+        same += (
+            "guidance_start",
+            "guidance_end",
+            "identity_guidance_scale",
+            "negative_identity_noise",
+            "negative_identity_seed",
+            "control_interval",
+            "cache_interval",
+            "cache_branch_id",
+            "vae_tiling",
+            "vae_tile_size",
+        )
         return {name: getattr(self, name) for name in (*same, "ip_adapter_scale", "height", "width")} | {
             "num_images_per_prompt": self.num_images,
             "num_inference_steps": self.steps,

@@ -102,7 +102,9 @@ class Layers:
         for name in found:
             if name not in known:
                 blocks = ", ".join(name for name in known if "." not in name)
-                raise StrengthError(f"there is no layer {name!r} here{did_you_mean(name, known)}; there are {blocks}, and finer ones such as {places[0]}")
+                raise StrengthError(
+                    f"there is no layer {name!r} here{did_you_mean(name, known)}; there are {blocks}, and finer ones such as {places[0]}"
+                )
         columns = []
         for place, names in zip(places, coarser, strict=True):
             column = next((found[name] for name in names if name in found), rest)
@@ -193,7 +195,7 @@ class _Parser:
     def _layers(self) -> Layers:
         rest = None if self._names_a_layer() else self._schedule()
         named: dict[str, Schedule] = {}
-        while rest is None and not named or self._skip(","):
+        while (rest is None and not named) or self._skip(","):
             name = self._layer()
             if name in named:
                 raise self._wrong(f"{name} is named twice", -1)
@@ -234,7 +236,8 @@ class _Parser:
         if kind == "number":
             return _constant(self._strength_number())
         if word not in CURVES:
-            raise self._wrong(f"a strength is needed: a number, or linear(from, to) or cosine(from, to){did_you_mean(word, (*CURVES, 'inside')) if word else ''}")
+            meant = did_you_mean(word, (*CURVES, "inside")) if word else ""
+            raise self._wrong(f"a strength is needed: a number, or linear(from, to) or cosine(from, to){meant}")
         self.at += 1
         self._take("(")
         first = self._strength_number()
