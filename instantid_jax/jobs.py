@@ -77,7 +77,7 @@ def run_jobs(given: SampleOptions) -> int:
         join(given.coordinator, given.processes, given.process)
     if given.num_images != 1:
         raise ValueError("--num-images is not for --jobs; list the seeds in the file")
-    if several := next((name for name in ("people", "view", "blend") if getattr(given, name)), None):
+    if several := next((name for name in ("people", "view", "blend", "compare") if getattr(given, name)), None):
         raise ValueError(f"--{several} is not for --jobs, whose pictures show one person in one pose each")
     check_files([given.jobs])
     check_folder(given.out)
