@@ -46,7 +46,7 @@ def test_commands_draw(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         (["--ip-adapter-scale", "linear(1 0)"], "--ip-adapter-scale 'linear(1 0)': ',' is needed (at '0', character 10)"),
         (["--ip-adapter-scale", "[1, 2]"], "--ip-adapter-scale the list has 2 values for 20 steps; give one for each step"),
         (["--identitynet-scale", "up=1, down=1, mid=1"], "--identitynet-scale or --control-scale there is no layer 'up' here"),
-        (["--compare", "ip_adapter_scal=1"], "did you mean 'ip_adapter_scale'?"),
+        (["--compare", "ip_adapter_scal=1"], "did you mean '--ip-adapter-scale'?"),
         (["--compare", "guidance_scale=linear(1, 0)"], "'linear(1, 0)' is no number"),
         (["--compare", "identitynet_scale=linear(1, 0"], "')' is needed (at the end)"),
         (["--compare", "control_end=0.5", "--view", "yaw=1"], "leave out --view and --blend"),
