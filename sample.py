@@ -37,7 +37,7 @@ from instantid_jax.request import in_options
 from instantid_jax.running import keep_compiled
 from instantid_jax.sample_options import SampleOptions, gathered
 from instantid_jax.sampling import conditions_of, face_facts, group_conditions, inputs_of, model_config, open_pipeline, read_people, settings_of
-from instantid_jax.variants import draw_variants, prompt_variants, save_variants, variants_of
+from instantid_jax.variants import compared_variants, draw_variants, prompt_variants, save_variants, variants_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,8 +94,8 @@ def run(given: SampleOptions, replay: Replay | None = None) -> list[Path]:
         again = replay if replay and replay.single and len(asked) == 1 else None
         s = again.batch(asked[0].options) if again else asked[0].options
         call, variants = s.call(), prompt_variants(asked)
-        if len(asked) > 1 and (s.view or s.blend):
-            raise ValueError(f"--{'view' if s.view else 'blend'} goes with one prompt, not {len(asked)}")
+        if len(asked) > 1 and (one := next((name for name in ("view", "blend", "compare") if getattr(s, name)), None)):
+            raise ValueError(f"--{one} goes with one prompt, not {len(asked)}")
         prompts = []
         if s.is_demo:
             told = (given.prompt, given.style, given.prompt_file) != (None, (), None)
@@ -108,6 +108,7 @@ def run(given: SampleOptions, replay: Replay | None = None) -> list[Path]:
     loras = read_loras(s.lora, config, s.allow_unknown_lora_keys)
     with wrong_options():
         request = check_call(config, nets=1 + len(s.controlnet), **call)
+        variants = variants or compared_variants(s, config)
         for variant in variants:
             check_call(config, nets=1 + len(s.controlnet), **call | variant.change)
     analyzer = functools.cache(lambda: load_analyzer(s.analyzer or config.face_analyzer, s.analyzer_root))

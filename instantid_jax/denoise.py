@@ -7,9 +7,9 @@
 
 They are pure, but that a watched `denoise` reports its progress to the listener of `watching`. Static, so that another value
 compiles anew, are the networks, all shapes (sizes, batch, length of the text), the sampler with its options, the number of
-steps, and whether there is guidance, a mask of the text, a control mask, somebody who watches, and shortcuts. Everything else that a user
-changes between pictures is traced: prompts, seeds, strengths, windows, masks, pictures. A second call with other values
-compiles nothing.
+steps, and whether there is guidance and of how many branches, a mask of the text, a control mask, somebody who watches, shortcuts, and
+strengths by layer or place. Everything else that a user changes between pictures is traced: prompts, seeds, strengths and their
+schedules, windows, masks, pictures. A second call with other values compiles nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Denoiser(NamedTuple):
 
 
 class Conditions(NamedTuple):
-    """Everything that a picture is conditioned on. With guidance the first half of B is unconditional, the second conditional."""
+    """Everything that a picture is conditioned on. With guidance B holds branches one after the other: the unconditional, then the
+    conditional one; with a guidance of its own for the identity, between them the one of the text alone, whose identity is the
+    unconditional one's."""
 
     text: Array
     """Text states [B, m, c]."""
@@ -56,18 +58,18 @@ class Conditions(NamedTuple):
     added: AddedConditions
     """Pooled text [B, p] and sizes [B, 6]."""
     identity_tokens: Array
-    """Resampler output [B, n, c], of several people [B, people, n, c]; the unconditional half is the resampler of zeros."""
+    """Resampler output [B, n, c], of several people [B, people, n, c]; of the unconditional branch those of zeros (or noise)."""
     images: tuple[Array, ...]
     """Control pictures in [0, 1], [1 or B, H, W, 3]: the keypoints for IdentityNet (of several people [1 or B, people, H, W, 3]), then one
     for every other ControlNet."""
     control_scales: Array
-    """[steps, nets] or [steps, nets, 1 or people, 1 or residuals]: strength of each net in each step, already zero outside its window.
+    """[calls, nets] or [calls, nets, 1 or people or places, 1 or residuals]: strength of each net, already zero outside its window.
     A person whose strengths are zero is not computed."""
     adapter_scale: Array
-    """[steps] or [steps, 1 or people, 1 or layers]: strength of the image adapter in each step."""
+    """[calls] or [calls, 1 or people or places, 1 or layers]: strength of the image adapter."""
     control_mask: Array | None
     """[1 or B, H, W] in [0, 1]: where IdentityNet and the image adapter act; None is everywhere. Several people have one each:
-    [1 or B, H, W, people]."""
+    [1 or B, H, W, people], as have two or more places of one person with strengths of their own."""
 
 
 class Inputs(NamedTuple):
@@ -80,6 +82,7 @@ class Inputs(NamedTuple):
     """[b] uint32."""
     plan: Plan
     guidance_scale: Array
+    """Scalar; of three branches [2], of text and identity."""
     guidance_rescale: Array
     pace: Pace | None = None
 
@@ -203,7 +206,7 @@ def denoise(
     """Latents of pictures from noise [b, h, w, c] that is already at the plan's first noise level, and that is used up.
 
     `parameters` holds the weights under "unet", "adapter", "identitynet" and "controlnets" (a tuple), and under "loras" what
-    `lora.apply_loras` adds to the UNet's. With `guided` the conditions are twice as long as the latents (`Conditions`). With
+    `lora.apply_loras` adds to the UNet's. With `guided` the conditions are two or three times as long as the latents (`Conditions`). With
     `watched` the running program reports each model call to the listener that `watching` has set. With `shortcuts` it leaves
     work out as `pace` says (`prediction`).
     """
@@ -212,6 +215,7 @@ def denoise(
     nets += [n.bind(p) for n, p in zip(denoiser.controlnets, parameters.get("controlnets", ()), strict=True)]
     adapter = denoiser.adapter.bind(parameters["adapter"])
     batch = conditions.text.shape[0]
+    branches = batch // latents.shape[0] if guided else 1
 
     # What does not depend on the latents is computed before the loop: keys and values of text and identity, features of the
     # pictures, masks, and the embeddings of all times.
@@ -241,7 +245,7 @@ def denoise(
     def body(carry: Any, item: Any) -> tuple[Any, None]:
         (state, memory), (row, call, index) = carry, item
         x = sampler.model_input(state, row)
-        memory, output = guide(predictor, guided, memory, x, call, guidance_scale, guidance_rescale)
+        memory, output = guide(predictor, branches, memory, x, call, guidance_scale, guidance_rescale)
         noise = _normal(keys, index + 1, latents.shape[1:]) if plan.needs_noise else None
         if watched:
             jax.debug.callback(_report, index)
@@ -250,7 +254,7 @@ def denoise(
     state = sampler.init(latents)
     first = jax.tree.map(lambda a: a[0], (plan.rows, calls))
     x = sampler.model_input(state, first[0])
-    memory = predictor.empty(jnp.concatenate([x, x]) if guided else x, first[1])
+    memory = predictor.empty(jnp.concatenate([x] * branches), first[1])
     (state, _), _ = jax.lax.scan(body, (state, memory), (plan.rows, calls, jnp.arange(plan.num_calls)))
     return state.sample
 

@@ -38,7 +38,7 @@ _FILES = {
     "controlnet": "controlnet",
 }
 """Kind of hash that the settings hold, of each option that names files."""
-_SEVERAL = ("num_images", "view", "blend_steps", "blend_how", "prompt_file")
+_SEVERAL = ("num_images", "view", "blend_steps", "blend_how", "compare", "prompt_file")
 """Options that ask for other pictures than the one that is there."""
 _WHERE = ("version", "made_with", "size")
 
