@@ -18,7 +18,7 @@ FLOORS = (
     (r"instantid_jax\.parallel\.aot(_programs)?", 5),
     (r"instantid_jax\.(training\.(loop|samples|plan)|evaluation\.(suite|generate)|defaults|demo|sampling|variants|jobs|launch(\..+)?)", 5),
     (r"instantid_jax\.(pipeline|denoise|prediction|request|references|output|sample_options|foreign|job_file|ledger|spread)", 4),
-    (r"instantid_jax\.(people|people_file|group)", 4),
+    (r"instantid_jax\.(people|people_file|group|editing|face_refine)", 4),
     (r"instantid_jax\.(training|evaluation)(\..+)?|instantid_jax\.data\.(cache|prepare)", 4),
     (r"convert_weights(\..+)?", 4),
     (r"instantid_jax\.(models|parallel)(\..+)?|instantid_jax\.(checkpoint|lora)", 3),

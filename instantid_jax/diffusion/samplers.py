@@ -68,8 +68,8 @@ class _Exploding(Sampler):
     def _scaled(self, sample: jax.Array, row: Row) -> jax.Array:
         return sample * row["alpha"]
 
-    def _unscaled(self, noisy: jax.Array, plan: Plan) -> jax.Array:
-        return noisy / plan.rows["alpha"][0]
+    def _unscaled(self, noisy: jax.Array, row: Row) -> jax.Array:
+        return noisy / row["alpha"]
 
 
 @dataclasses.dataclass(frozen=True)
