@@ -22,7 +22,7 @@ from jax.errors import JaxRuntimeError
 from convert_weights.lora import read_loras
 from instantid_jax.config import ComputeConfig, sdxl
 from instantid_jax.demo import count_people, draw_people, save_sheet
-from instantid_jax.face import FaceError, load_analyzer
+from instantid_jax.face import FaceError, load_analyzer, load_photo
 from instantid_jax.jobs import run_jobs
 from instantid_jax.options import OptionError, check_folder, status_of, wrong_options
 from instantid_jax.output import save_run
@@ -33,7 +33,18 @@ from instantid_jax.references import photos_table, read_identity
 from instantid_jax.request import in_options
 from instantid_jax.running import keep_compiled
 from instantid_jax.sample_options import SampleOptions, gathered
-from instantid_jax.sampling import conditions_of, group_conditions, inputs_of, model_config, open_pipeline, read_people, settings_of
+from instantid_jax.sampling import (
+    conditions_of,
+    group_conditions,
+    initial_of,
+    inputs_of,
+    model_config,
+    on_initial_canvas,
+    open_pipeline,
+    read_people,
+    refined,
+    settings_of,
+)
 from instantid_jax.variants import draw_variants, save_variants, variants_of
 
 
@@ -74,13 +85,16 @@ def run(given: SampleOptions) -> list[Path]:
     if s.is_demo and s.control_mask is not None:
         raise OptionError("--control-mask has no meaning for the people who come along; name a photo with --face")
     check_folder(s.out)
+    s = on_initial_canvas(s)
+    call = s.call() | initial_of(s)
     config = model_config(s)
     loras = read_loras(s.lora, config, s.allow_unknown_lora_keys)
     with wrong_options():
-        request = check_call(config, nets=1 + len(s.controlnet), **call)
+        request = check_call(config, nets=1 + len(s.controlnet), **s.call())
     analyzer = functools.cache(lambda: load_analyzer(s.analyzer or config.face_analyzer, s.analyzer_root))
     try:
-        pose = read_identity((s.pose,), analyzer, face_index=s.pose_face_index) if s.pose else None
+        place = s.pose or (None if s.only_refined or listed is not None else s.init_image)
+        pose = read_identity((place,), analyzer, face_index=s.pose_face_index) if place else None
     except FaceError as error:
         raise ValueError(str(error).replace("--face-index", "--pose-face-index")) from error
     keypoints, variants = None, []
@@ -99,7 +113,7 @@ def run(given: SampleOptions) -> list[Path]:
     pipe = open_pipeline(s, loras)
     settings = settings_of(s, loras=loras)
     began = time.perf_counter()
-    with StepBar(request.plan.num_calls * (count_people() if s.is_demo else len(variants) or 1)) as bar, CompileSeconds() as compiling:
+    with StepBar(count_calls(s, config, request, count_people() if s.is_demo else len(variants) or 1)) as bar, CompileSeconds() as compiling:
         if keypoints is None:
             sheet = draw_people(pipe, analyzer(), call | {"prompt": given.prompt}, pose, bar.on_step)
             count, save = len(sheet.rows) * len(sheet.prompts), functools.partial(save_sheet, s.out, sheet, settings)
@@ -107,7 +121,8 @@ def run(given: SampleOptions) -> list[Path]:
             rows = draw_variants(pipe, call, variants, bar.on_step)
             count, save = sum(map(len, rows)), functools.partial(save_variants, s.out, variants, rows, inputs_of(s), settings)
         else:
-            images = pipe(**call, on_step=bar.on_step).images
+            images = [load_photo(s.init_image)] * s.num_images if s.only_refined else pipe(**call, on_step=bar.on_step).images
+            images = refined(pipe, s, call, images, analyzer(), bar.on_step) if s.refine_face else images
             count, save = len(images), functools.partial(save_run, s.out, images, keypoints, inputs_of(s, listed), settings)
         seconds = time.perf_counter() - began
     print(f"compiled in {compiling.total:.1f} s, made {count} picture(s) in {seconds - compiling.total:.1f} s")

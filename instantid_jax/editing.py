@@ -25,7 +25,7 @@ from instantid_jax.diffusion import Plan
 from instantid_jax.face import FaceError, prepare_control_image
 from instantid_jax.request import PipelineError, Request, check_number, check_picture
 
-__all__ = ["SAMPLE_MODES", "STRENGTH", "Initial", "Placed", "begin", "check_initial"]
+__all__ = ["SAMPLE_MODES", "STRENGTH", "Initial", "Placed", "begin", "canvas", "check_initial"]
 
 STRENGTH = 0.8
 """How much of a picture is changed where nothing is said."""
@@ -96,12 +96,33 @@ def check_initial(
     return Initial(check_picture("init_image", init_image), mask_image, blur, keep_unmasked, sample_mode)
 
 
+def canvas(size: tuple[int, int], width: int | None, height: int | None, most: int, side: int | None = None) -> tuple[int, int]:
+    """(width, height) of the output for a picture of ``size = (width, height)``, multiples of 8.
+
+    Without width and height the picture's own, cut to multiples of 8, or where its long side is above `most` pixels, so many, and
+    multiples of 64. With `side` the shorter side has so many. Of one of width and height the other follows.
+    """
+    if width and height:
+        return width, height
+    w, h = size
+    if width or height:
+        factor = width / w if width else (height or 0) / h
+        return width or max(64, round(w * factor / 8) * 8), height or max(64, round(h * factor / 8) * 8)
+    if side is not None:
+        factor = side / min(size)
+        return max(64, round(w * factor / 8) * 8), max(64, round(h * factor / 8) * 8)
+    unit, factor = (64, most / max(size)) if max(size) > most else (8, 1.0)
+    return max(64, round(w * factor) // unit * unit), max(64, round(h * factor) // unit * unit)
+
+
 def _mask(request: Request, value: Any, size: tuple[int, int]) -> np.ndarray:
     """A mask as float32 [H, W] in [0, 1]; pictures of another size are resized with Pillow's Lanczos filter, as in diffusers."""
     if isinstance(value, Image.Image):
         picture = value.convert("L")
     else:
-        array = request.mask(value, size if np.shape(value) == (4,) else (*np.shape(value)[:2], 0, 0)[:2], "mask_image")
+        own = size if len(np.shape(value)) < 2 else np.shape(value)[:2]
+        array = request.mask(value, (own[0], own[1]), "mask_image")
+        assert array is not None
         if array.shape == size:
             return array
         picture = Image.fromarray(np.round(array * 255).astype(np.uint8))
@@ -122,7 +143,7 @@ def begin(inputs: Inputs, request: Request, placed: Placed, encoded: Array, nois
         down = placed.mask.shape[0] // noise.shape[1]
         marked = (placed.mask >= 0.5)[::down, ::down]
         if not marked.any():
-            raise PipelineError(f"mask_image marks none of the latent's pixels, one in {down} x {down}; draw it larger, white where it is to be redrawn")
+            raise PipelineError(f"mask_image marks none of the latent's pixels, one in {down} x {down}; draw it larger, white where to redraw")
         mask = jnp.asarray(marked[None, :, :, None], jnp.float32)
     if mask is None or request.start > 0:
         start = request.solver.add_noise(image, noise, request.plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,33 @@ from PIL import Image
 from instantid_jax import __version__
 from instantid_jax.config import ModelConfig
 from instantid_jax.defaults import DEFAULT_WEIGHTS, NOTICE, default_config, default_pipeline, framed
-from instantid_jax.face import FaceAnalyzer, Identity, load_photo
+from instantid_jax.editing import canvas
+from instantid_jax.face import FaceAnalyzer, FaceError, Identity, load_photo
+from instantid_jax.face_refine import Refined, refine_face, refine_people
 from instantid_jax.group import Canvas, group_of
 from instantid_jax.lora import Lora
 from instantid_jax.output import weights_digest
 from instantid_jax.people_file import PeopleFile, read_people_file
-from instantid_jax.pipeline import InstantIDPipeline, read_config
+from instantid_jax.pipeline import InstantIDPipeline, check_call, read_config
 from instantid_jax.references import check_files, face_box_mask, keypoint_picture, read_mask
+from instantid_jax.request import Request
 from instantid_jax.sample_options import RUN_OPTIONS, SampleOptions
 
-__all__ = ["conditions_of", "group_conditions", "inputs_of", "model_config", "open_pipeline", "read_people", "settings_of"]
+__all__ = [
+    "conditions_of",
+    "count_calls",
+    "group_conditions",
+    "initial_of",
+    "inputs_of",
+    "model_config",
+    "on_initial_canvas",
+    "open_pipeline",
+    "read_people",
+    "refined",
+    "settings_of",
+]
 
-ELSEWHERE = ("num_images", "people", "face", "blend", "pose", "control_image", "control_mask", *RUN_OPTIONS)
+ELSEWHERE = ("num_images", "people", "face", "blend", "pose", "control_image", "control_mask", "init_image", "mask_image", *RUN_OPTIONS)
 """Options that are not stored as settings: names and hashes of the files tell them."""
 
 
@@ -53,6 +68,8 @@ def settings_of(s: SampleOptions, digest: dict[str, str] | None = None, loras: S
 def conditions_of(s: SampleOptions, keypoint_scale: float, pose: Identity, drawn: Image.Image | None = None) -> dict[str, Any]:
     """The pictures that go into the call: keypoints (the pose's, or those that are `drawn`), those of other ControlNets, and the mask."""
     long_side, frame = (64, framed) if s.weights is None else (1280, None)
+    if s.init_image is not None and s.pose is None:
+        frame = None  # the pose is where it is in the picture
     keypoints = drawn or keypoint_picture(pose, s.width, s.height, long_side, keypoint_scale, frame)
     mask = None if s.control_mask is None else read_mask(s.control_mask, keypoints.size)
     if s.enhance_non_face_region:
@@ -62,7 +79,7 @@ def conditions_of(s: SampleOptions, keypoint_scale: float, pose: Identity, drawn
 
 def read_people(s: SampleOptions) -> PeopleFile | None:
     """The people file, where one is named. Raises `PhotoError` for any file of the options or of the people file that is not there."""
-    check_files([*s.face, *s.blend, *s.control_image, *filter(None, (s.pose, s.control_mask, s.people))])
+    check_files([*s.face, *s.blend, *s.control_image, *filter(None, (s.pose, s.control_mask, s.people, s.init_image, s.mask_image))])
     listed = None if s.people is None else read_people_file(s.people)
     check_files([] if listed is None else listed.files)
     return listed
@@ -76,8 +93,67 @@ def group_conditions(s: SampleOptions, config: ModelConfig, listed: PeopleFile, 
     return {"image": [load_photo(path) for path in s.control_image], "people": people, "max_people": len(people)}, keypoints
 
 
+def on_initial_canvas(s: SampleOptions) -> SampleOptions:
+    """The options with the width and height that the picture to begin with gives, where they are not given."""
+    if s.init_image is None:
+        return s
+    width, height = canvas(load_photo(s.init_image).size, s.width, s.height, 1280, 64 if s.weights is None else None)
+    return replace(s, width=width, height=height)
+
+
+def initial_of(s: SampleOptions) -> dict[str, Any]:
+    """The picture to begin with, its mask, and what goes with them, as the pipeline takes them; nothing where there is none."""
+    if s.init_image is None or s.only_refined:
+        return {}
+    mask = None if s.mask_image is None else load_photo(s.mask_image)
+    return {"init_image": load_photo(s.init_image), "mask_image": mask} | {
+        name: getattr(s, name) for name in ("mask_blur", "keep_unmasked", "sample_mode")
+    }
+
+
+def count_calls(s: SampleOptions, config: ModelConfig, request: Request, runs: int) -> int:
+    """Model calls that so many runs of a request take, and the second pass over their faces."""
+    first = 0 if s.only_refined else request.plan.num_calls * runs
+    if not s.refine_face:
+        return first
+    again = check_call(config, nets=1 + len(s.controlnet), **s.call() | {"strength": s.refine_strength})
+    return first + again.plan.num_calls * s.num_images
+
+
+def refined(
+    pipe: InstantIDPipeline,
+    s: SampleOptions,
+    call: dict[str, Any],
+    images: Sequence[Image.Image],
+    analyzer: FaceAnalyzer,
+    on_step: Callable[[int], None],
+) -> list[Image.Image]:
+    """The pictures with their faces redrawn, each with its own seed. One line to stderr says of which nothing is changed, and why."""
+    left_out = ("prompt", "num_images_per_prompt", "strength", "height", "width", "seed")
+    same = {name: value for name, value in s.call().items() if name not in left_out}
+    same |= {"margin": s.refine_margin, "feather": s.refine_feather, "strength": s.refine_strength, "on_step": on_step}
+    same["control_images"] = [load_photo(path) for path in s.control_image]
+    done = []
+    for i, image in enumerate(images):
+        seed, found = (s.seed + i) % 2**32, list[Refined | FaceError]()
+        try:
+            if "people" in call:
+                found = refine_people(pipe, image, analyzer, call["prompt"], call["people"], seed=seed, **same)
+            else:
+                index = s.pose_face_index if s.only_refined else None
+                found = [refine_face(pipe, image, analyzer, call["prompt"], call["image_embeds"], face_index=index, seed=seed, **same)]
+        except FaceError as error:
+            found = [error]
+        for problem in found:
+            if isinstance(problem, FaceError):
+                print(f"sample.py: seed {seed}: a face is left as it is: {problem}", file=sys.stderr)
+        done.append(next((one.picture for one in reversed(found) if isinstance(one, Refined)), image))
+    return done
+
+
 def inputs_of(s: SampleOptions, listed: PeopleFile | None = None) -> dict[str, Sequence[Path]]:
     """The files that go in, by what they are."""
+    initial = {"init": (s.init_image,) if s.init_image else (), "redrawn": (s.mask_image,) if s.mask_image else ()}
     if listed is not None:
         poses = [listed.pose, *(person.pose for person in listed.people)]
         return {
@@ -86,11 +162,11 @@ def inputs_of(s: SampleOptions, listed: PeopleFile | None = None) -> dict[str, S
             "pose": [path for path in poses if path],
             "control": s.control_image,
             "mask": [person.mask for person in listed.people if person.mask],
-        }
+        } | initial
     return {
         "face": s.face,
         "blend": s.blend,
         "pose": (s.pose,) if s.pose else (),
         "control": s.control_image,
         "mask": (s.control_mask,) if s.control_mask else (),
-    }
+    } | initial

@@ -36,7 +36,7 @@ import numpy as np
 
 from instantid_jax.config import SchedulerConfig
 from instantid_jax.diffusion.multistep import DPMpp2M, UniPC
-from instantid_jax.diffusion.plan import Plan, Row, Rows, Sampler
+from instantid_jax.diffusion.plan import Row, Rows, Sampler
 from instantid_jax.diffusion.schedule import SamplerError, alphas_cumprod, karras_levels, levels_at, noise_levels, spaced_timesteps, vp
 from instantid_jax.published import did_you_mean
 
