@@ -32,19 +32,9 @@ from instantid_jax.progress import CompileSeconds, StepBar
 from instantid_jax.references import photos_table, read_identity
 from instantid_jax.request import in_options
 from instantid_jax.running import keep_compiled
+from instantid_jax.sample_edits import count_calls, initial_of, on_initial_canvas, refined
 from instantid_jax.sample_options import SampleOptions, gathered
-from instantid_jax.sampling import (
-    conditions_of,
-    group_conditions,
-    initial_of,
-    inputs_of,
-    model_config,
-    on_initial_canvas,
-    open_pipeline,
-    read_people,
-    refined,
-    settings_of,
-)
+from instantid_jax.sampling import conditions_of, group_conditions, inputs_of, model_config, open_pipeline, read_people, settings_of
 from instantid_jax.variants import draw_variants, save_variants, variants_of
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +13,16 @@ from PIL import Image
 from instantid_jax import __version__
 from instantid_jax.config import ModelConfig
 from instantid_jax.defaults import DEFAULT_WEIGHTS, NOTICE, default_config, default_pipeline, framed
-from instantid_jax.editing import canvas
-from instantid_jax.face import FaceAnalyzer, FaceError, Identity, load_photo
-from instantid_jax.face_refine import Refined, refine_face, refine_people
+from instantid_jax.face import FaceAnalyzer, Identity, load_photo
 from instantid_jax.group import Canvas, group_of
 from instantid_jax.lora import Lora
 from instantid_jax.output import weights_digest
 from instantid_jax.people_file import PeopleFile, read_people_file
-from instantid_jax.pipeline import InstantIDPipeline, check_call, read_config
+from instantid_jax.pipeline import InstantIDPipeline, read_config
 from instantid_jax.references import check_files, face_box_mask, keypoint_picture, read_mask
-from instantid_jax.request import Request
 from instantid_jax.sample_options import RUN_OPTIONS, SampleOptions
 
-__all__ = [
-    "conditions_of",
-    "count_calls",
-    "group_conditions",
-    "initial_of",
-    "inputs_of",
-    "model_config",
-    "on_initial_canvas",
-    "open_pipeline",
-    "read_people",
-    "refined",
-    "settings_of",
-]
+__all__ = ["conditions_of", "group_conditions", "inputs_of", "model_config", "open_pipeline", "read_people", "settings_of"]
 
 ELSEWHERE = ("num_images", "people", "face", "blend", "pose", "control_image", "control_mask", "init_image", "mask_image", *RUN_OPTIONS)
 """Options that are not stored as settings: names and hashes of the files tell them."""
@@ -91,64 +76,6 @@ def group_conditions(s: SampleOptions, config: ModelConfig, listed: PeopleFile, 
     canvas = Canvas(s.width, s.height, 64 if small else 1024, config.keypoint_scale, framed if small else None)
     people, keypoints = group_of(listed, analyzer, config.resampler.embedding_dim, canvas)
     return {"image": [load_photo(path) for path in s.control_image], "people": people, "max_people": len(people)}, keypoints
-
-
-def on_initial_canvas(s: SampleOptions) -> SampleOptions:
-    """The options with the width and height that the picture to begin with gives, where they are not given."""
-    if s.init_image is None:
-        return s
-    width, height = canvas(load_photo(s.init_image).size, s.width, s.height, 1280, 64 if s.weights is None else None)
-    return replace(s, width=width, height=height)
-
-
-def initial_of(s: SampleOptions) -> dict[str, Any]:
-    """The picture to begin with, its mask, and what goes with them, as the pipeline takes them; nothing where there is none."""
-    if s.init_image is None or s.only_refined:
-        return {}
-    mask = None if s.mask_image is None else load_photo(s.mask_image)
-    return {"init_image": load_photo(s.init_image), "mask_image": mask} | {
-        name: getattr(s, name) for name in ("mask_blur", "keep_unmasked", "sample_mode")
-    }
-
-
-def count_calls(s: SampleOptions, config: ModelConfig, request: Request, runs: int) -> int:
-    """Model calls that so many runs of a request take, and the second pass over their faces."""
-    first = 0 if s.only_refined else request.plan.num_calls * runs
-    if not s.refine_face:
-        return first
-    again = check_call(config, nets=1 + len(s.controlnet), **s.call() | {"strength": s.refine_strength})
-    return first + again.plan.num_calls * s.num_images
-
-
-def refined(
-    pipe: InstantIDPipeline,
-    s: SampleOptions,
-    call: dict[str, Any],
-    images: Sequence[Image.Image],
-    analyzer: FaceAnalyzer,
-    on_step: Callable[[int], None],
-) -> list[Image.Image]:
-    """The pictures with their faces redrawn, each with its own seed. One line to stderr says of which nothing is changed, and why."""
-    left_out = ("prompt", "num_images_per_prompt", "strength", "height", "width", "seed")
-    same = {name: value for name, value in s.call().items() if name not in left_out}
-    same |= {"margin": s.refine_margin, "feather": s.refine_feather, "strength": s.refine_strength, "on_step": on_step}
-    same["control_images"] = [load_photo(path) for path in s.control_image]
-    done = []
-    for i, image in enumerate(images):
-        seed, found = (s.seed + i) % 2**32, list[Refined | FaceError]()
-        try:
-            if "people" in call:
-                found = refine_people(pipe, image, analyzer, call["prompt"], call["people"], seed=seed, **same)
-            else:
-                index = s.pose_face_index if s.only_refined else None
-                found = [refine_face(pipe, image, analyzer, call["prompt"], call["image_embeds"], face_index=index, seed=seed, **same)]
-        except FaceError as error:
-            found = [error]
-        for problem in found:
-            if isinstance(problem, FaceError):
-                print(f"sample.py: seed {seed}: a face is left as it is: {problem}", file=sys.stderr)
-        done.append(next((one.picture for one in reversed(found) if isinstance(one, Refined)), image))
-    return done
 
 
 def inputs_of(s: SampleOptions, listed: PeopleFile | None = None) -> dict[str, Sequence[Path]]:
