@@ -21,7 +21,6 @@ from jax import Array
 from PIL import Image, ImageFilter
 
 from instantid_jax.denoise import Edit, Inputs
-from instantid_jax.diffusion import Plan
 from instantid_jax.face import FaceError, prepare_control_image
 from instantid_jax.request import PipelineError, Request, check_number, check_picture
 
@@ -134,8 +133,7 @@ def _mask(request: Request, value: Any, size: tuple[int, int]) -> np.ndarray:
 def begin(inputs: Inputs, request: Request, placed: Placed, encoded: Array, noise: Any) -> Inputs:
     """The inputs of a call that changes a picture, from those of one that begins with `noise` [b, h, w, c].
 
-    `encoded` are the picture's latents, [b or 1, h, w, c]. All that has an item for each call is filled up to the calls of strength 1,
-    whose number alone decides what is compiled. Raises `PipelineError` for a mask that marks nothing.
+    `encoded` are the picture's latents, [b or 1, h, w, c]. Raises `PipelineError` for a mask that marks nothing.
     """
     noise = jnp.asarray(noise)
     image, mask, start = jnp.broadcast_to(encoded, noise.shape), None, inputs.latents
@@ -147,18 +145,5 @@ def begin(inputs: Inputs, request: Request, placed: Placed, encoded: Array, nois
         mask = jnp.asarray(marked[None, :, :, None], jnp.float32)
     if mask is None or request.start > 0:
         start = request.solver.add_noise(image, noise, request.plan)
-    conditions, pace = inputs.conditions, inputs.pace
-    scales = (_filled(x, request.whole) for x in (conditions.control_scales, conditions.adapter_scale))
-    return inputs._replace(
-        conditions=conditions._replace(**dict(zip(("control_scales", "adapter_scale"), scales, strict=True))),
-        latents=start,
-        plan=dataclasses.replace(request.whole, rows={name: _filled(column, request.whole) for name, column in request.plan.rows.items()}),
-        pace=None if pace is None else pace._replace(guidance=_filled(pace.guidance, request.whole)),
-        edit=Edit(jnp.int32(request.plan.num_calls), image, noise, mask),
-    )
-
-
-def _filled(x: Any, whole: Plan) -> Array:
-    """An array with an item for each call, the last one repeated for those that are not made."""
-    x = jnp.asarray(x)
-    return jnp.concatenate([x, jnp.broadcast_to(x[-1:], (whole.num_calls - len(x), *x.shape[1:]))])
+    plan = dataclasses.replace(request.whole, rows={name: request.filled(column) for name, column in request.plan.rows.items()})
+    return inputs._replace(latents=start, plan=plan, edit=Edit(jnp.int32(request.plan.num_calls), image, noise, mask))

@@ -435,8 +435,8 @@ class InstantIDPipeline:
             added=AddedConditions(spread(text.pooled), jnp.asarray(sizes)),
             identity_tokens=jnp.repeat(tokens, request.batch, axis=0),
             images=tuple(jnp.asarray(i)[None] for i in images),
-            control_scales=jnp.asarray(windows * np.asarray(request.scales, np.float32)),
-            adapter_scale=jnp.full((request.plan.num_calls,), scale, jnp.float32),
+            control_scales=jnp.asarray(request.filled(windows * np.asarray(request.scales, np.float32))),
+            adapter_scale=jnp.full((request.whole.num_calls,), scale, jnp.float32),
             control_mask=None if mask is None else jnp.asarray(mask)[None],
         )
 

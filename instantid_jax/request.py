@@ -252,8 +252,15 @@ class Request:
         """How it does so; None where it leaves out nothing. As in diffusers, windows are fractions of the model calls."""
         if self.shortcuts == Shortcuts():
             return None
-        guidance = control_window(self.plan.num_calls, *self.guidance_window) > 0
+        guidance = self.filled(control_window(self.plan.num_calls, *self.guidance_window) > 0)
         return Pace(jnp.int32(self.cache_interval), jnp.int32(self.control_interval), jnp.asarray(guidance))
+
+    def filled(self, x: np.ndarray) -> np.ndarray:
+        """An array with an item for each model call, its last one repeated up to the calls of a run from noise.
+
+        So their number, which decides what is compiled, does not depend on the strength; calls beyond those of `plan` are not made.
+        """
+        return np.concatenate([x, np.repeat(x[-1:], self.whole.num_calls - len(x), axis=0)])
 
     def seeds(self) -> np.ndarray:
         """One seed a picture: seed, seed + 1, ... (wrapping at 2**32)."""

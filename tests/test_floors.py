@@ -15,11 +15,8 @@ ROOT = Path(__file__).parent.parent
 
 FLOORS = (
     (r"train|sample|convert_weights\.__main__|instantid_jax\.evaluation\.portraits", 6),
-    (r"instantid_jax\.parallel\.aot(_programs)?", 5),
-    (
-        r"instantid_jax\.(training\.(loop|samples|plan)|evaluation\.(suite|generate)|defaults|demo|sampling|sample_edits|variants|jobs|launch(\..+)?)",
-        5,
-    ),
+    (r"instantid_jax\.(parallel\.aot(_programs)?|sample_edits)", 5),
+    (r"instantid_jax\.(training\.(loop|samples|plan)|evaluation\.(suite|generate)|defaults|demo|sampling|variants|jobs|launch(\..+)?)", 5),
     (r"instantid_jax\.(pipeline|denoise|prediction|request|references|output|sample_options|foreign|job_file|ledger|spread)", 4),
     (r"instantid_jax\.(people|people_file|group|editing|face_refine)", 4),
     (r"instantid_jax\.(training|evaluation)(\..+)?|instantid_jax\.data\.(cache|prepare)", 4),
