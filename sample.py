@@ -109,6 +109,8 @@ def run(given: SampleOptions) -> list[Path]:
             count, save = len(sheet.rows) * len(sheet.prompts), functools.partial(save_sheet, s.out, sheet, settings)
         elif variants:
             rows = draw_variants(pipe, call, variants, bar.on_step)
+            if s.refine_face:
+                rows = [refined(pipe, s, call | v.change, row, analyzer(), bar.on_step) for v, row in zip(variants, rows, strict=True)]
             count, save = sum(map(len, rows)), functools.partial(save_variants, s.out, variants, rows, inputs_of(s), settings)
         else:
             images = [load_photo(s.init_image)] * s.num_images if s.only_refined else pipe(**call, on_step=bar.on_step).images

@@ -44,7 +44,7 @@ def count_calls(s: SampleOptions, config: ModelConfig, request: Request, runs: i
     if not s.refine_face:
         return first
     again = check_call(config, nets=1 + len(s.controlnet), **s.call() | {"strength": s.refine_strength})
-    return first + again.plan.num_calls * s.num_images
+    return first + again.plan.num_calls * s.num_images * runs
 
 
 def refined(

@@ -194,10 +194,9 @@ class SampleOptions:
             raise ValueError(f"{named} is not for --jobs; run sample.py once for each picture")
         if self.is_demo:
             raise ValueError(f"{named} needs a person to draw; name a photo with --face")
-        if self.refine_face and (self.view or self.blend):
-            raise ValueError("--refine-face is not for --view and --blend; refine their pictures with --init-image and --strength 0")
-        if self.only_refined and self.mask_image is not None:
-            raise ValueError("--mask-image has no meaning at --strength 0, where nothing but the face is redrawn")
+        if self.only_refined and (self.mask_image is not None or self.view or self.blend):
+            given = "mask-image" if self.mask_image is not None else "view" if self.view else "blend"
+            raise ValueError(f"--{given} has no meaning at --strength 0, where nothing but the face is redrawn")
         for name, high in (("refine_margin", 4.0), ("refine_feather", 0.5), ("refine_strength", 1.0)):
             if not 0 <= getattr(self, name) <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must be between 0 and {high:g}, not {getattr(self, name):g}")
