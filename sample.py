@@ -22,7 +22,7 @@ from jax.errors import JaxRuntimeError
 from convert_weights.lora import read_loras
 from instantid_jax.config import ComputeConfig, sdxl
 from instantid_jax.demo import count_people, draw_people, save_sheet
-from instantid_jax.face import FaceError, load_analyzer, load_photo
+from instantid_jax.face import FaceError, load_analyzer
 from instantid_jax.jobs import run_jobs
 from instantid_jax.options import OptionError, check_folder, status_of, wrong_options
 from instantid_jax.output import save_run
@@ -32,7 +32,7 @@ from instantid_jax.progress import CompileSeconds, StepBar
 from instantid_jax.references import photos_table, read_identity
 from instantid_jax.request import in_options
 from instantid_jax.running import keep_compiled
-from instantid_jax.sample_edits import count_calls, initial_of, on_initial_canvas, refined
+from instantid_jax.sample_edits import count_calls, initial_of, on_initial_canvas, refined, unchanged
 from instantid_jax.sample_options import SampleOptions, gathered
 from instantid_jax.sampling import conditions_of, group_conditions, inputs_of, model_config, open_pipeline, read_people, settings_of
 from instantid_jax.variants import draw_variants, save_variants, variants_of
@@ -113,7 +113,7 @@ def run(given: SampleOptions) -> list[Path]:
                 rows = [refined(pipe, s, call | v.change, row, analyzer(), bar.on_step) for v, row in zip(variants, rows, strict=True)]
             count, save = sum(map(len, rows)), functools.partial(save_variants, s.out, variants, rows, inputs_of(s), settings)
         else:
-            images = [load_photo(s.init_image)] * s.num_images if s.only_refined else pipe(**call, on_step=bar.on_step).images
+            images = unchanged(s) or pipe(**call, on_step=bar.on_step).images
             images = refined(pipe, s, call, images, analyzer(), bar.on_step) if s.refine_face else images
             count, save = len(images), functools.partial(save_run, s.out, images, keypoints, inputs_of(s, listed), settings)
         seconds = time.perf_counter() - began

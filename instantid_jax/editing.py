@@ -125,8 +125,8 @@ def _mask(request: Request, value: Any, size: tuple[int, int]) -> np.ndarray:
         if array.shape == size:
             return array
         picture = Image.fromarray(np.round(array * 255).astype(np.uint8))
-    if picture.size != size[::-1]:
-        picture = picture.resize(size[::-1], Image.Resampling.LANCZOS)
+    if picture.size != (size[1], size[0]):
+        picture = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
     return np.asarray(picture, np.float32) / np.float32(255)
 
 

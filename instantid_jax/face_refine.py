@@ -46,7 +46,7 @@ class Refined(NamedTuple):
 def crop_box(bbox: np.ndarray, size: tuple[int, int], margin: float = MARGIN) -> Box:
     """Equation (1): the square around a box in a picture of ``size = (width, height)``, at most as large as the picture's shorter side."""
     left, top, right, bottom = (float(v) for v in bbox)
-    side = min(max(1, math.ceil(max(right - left, bottom - top) * (1 + 2 * margin))), *size)
+    side = min(max(1, math.ceil(max(right - left, bottom - top) * (1 + 2 * margin))), size[0], size[1])
     corner = [round((low + high - side) / 2) for low, high in ((left, right), (top, bottom))]
     x, y = (min(max(start, 0), whole - side) for start, whole in zip(corner, size, strict=True))
     return x, y, x + side, y + side
@@ -153,8 +153,9 @@ def refine_people(
             if i not in owned:
                 raise FaceError("no_face", f"no face found in the region of person {i} (counted from 0)")
             given = prompt, person.image_embeds, strength, margin, feather, control_images, call | strengths
-            done.append(_refined(pipe, picture, owned[i], *given))
-            picture = done[-1].picture
+            refined = _refined(pipe, picture, owned[i], *given)
+            picture = refined.picture
+            done.append(refined)
         except FaceError as error:
             done.append(error)
     return done
@@ -186,8 +187,7 @@ def _refined(
     keypoints = draw_keypoints((side, side), points, pipe.config.keypoint_scale)
     others = [_square(_rgb(image).resize(picture.size, Image.Resampling.LANCZOS), box, side) for image in control_images]
     enlarged = _square(picture, box, side)
-    size = {"height": side, "width": side}
-    images = pipe(prompt, [keypoints, *others], image_embeds, init_image=enlarged, strength=strength, **size, **call).images
+    images = pipe(prompt, [keypoints, *others], image_embeds, init_image=enlarged, strength=strength, height=side, width=side, **call).images
     return Refined(paste(picture, images[0], box, feather), box, face)
 
 

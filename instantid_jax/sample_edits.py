@@ -17,7 +17,7 @@ from instantid_jax.pipeline import InstantIDPipeline, check_call
 from instantid_jax.request import Request
 from instantid_jax.sample_options import SampleOptions
 
-__all__ = ["count_calls", "initial_of", "on_initial_canvas", "refined"]
+__all__ = ["count_calls", "initial_of", "on_initial_canvas", "refined", "unchanged"]
 
 
 def on_initial_canvas(s: SampleOptions) -> SampleOptions:
@@ -36,6 +36,11 @@ def initial_of(s: SampleOptions) -> dict[str, Any]:
     return {"init_image": load_photo(s.init_image), "mask_image": mask} | {
         name: getattr(s, name) for name in ("mask_blur", "keep_unmasked", "sample_mode")
     }
+
+
+def unchanged(s: SampleOptions) -> list[Image.Image]:
+    """The picture to begin with, as often as pictures are asked for, where nothing but its face is redrawn; else nothing."""
+    return [load_photo(s.init_image)] * s.num_images if s.init_image is not None and s.only_refined else []
 
 
 def count_calls(s: SampleOptions, config: ModelConfig, request: Request, runs: int) -> int:
