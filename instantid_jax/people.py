@@ -66,7 +66,7 @@ def check_people(people: Any, most: Any, request: Request, size: tuple[int, int]
         np.zeros((places, width), np.float32),
         np.zeros((places, *size, 3), np.float32),
         np.zeros((*size, places), np.float32),
-        *(np.zeros((request.plan.num_calls, places, 1), np.float32) for _ in range(2)),
+        *(np.zeros((request.whole.num_calls, places, 1), np.float32) for _ in range(2)),
     )
     tables: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for i, person in enumerate(people):
@@ -81,7 +81,7 @@ def check_people(people: Any, most: Any, request: Request, size: tuple[int, int]
                 strength = check_strength(name, getattr(person, name), request.plan.steps, request.places[j])
                 if strength.outside:
                     raise PipelineError(f"{name} says something of the outside; each of several people acts in the own region")
-                tables[j].append(strength.table(request.plan.steps, request.places[j])[:, 0])
+                tables[j].append(request.filled(strength.table(request.plan.steps, request.places[j])[:, 0]))
         except (PipelineError, FaceError) as error:
             raise PipelineError(f"person {i} (counted from 0): {error}") from error
     if any(strength and strength.outside for strength in (*request.scales, request.ip_adapter_scale)):

@@ -26,6 +26,7 @@ from instantid_jax.checkpoint import load_weights
 from instantid_jax.config import ComputeConfig, IdentityNetConfig, ModelConfig, from_json
 from instantid_jax.denoise import Conditions, Denoiser, Inputs
 from instantid_jax.diffusion import make_sampler
+from instantid_jax.editing import STRENGTH, Initial, Placed, begin, check_initial
 from instantid_jax.foreign import CALL, LOADING, METHODS, refusal
 from instantid_jax.lora import LORA_NETWORKS, Lora, check_scales, in_order, merge_lora, stack_lora
 from instantid_jax.models import FROZEN, TRAINABLE, Network, build_networks
@@ -261,6 +262,12 @@ class InstantIDPipeline:
         num_images_per_prompt: int = 1,
         seed: int = 0,
         latents: Any = None,
+        init_image: Any = None,
+        strength: float | None = None,
+        mask_image: Any = None,
+        mask_blur: float = 0.0,
+        keep_unmasked: bool = True,
+        sample_mode: str = "sample",
         sampler: str = "euler",
         sampler_options: dict[str, Any] | None = None,
         cache_interval: int = 1,
@@ -307,6 +314,13 @@ class InstantIDPipeline:
             max_people: how many people the program is compiled for. Up to so many compile nothing new, and cost only themselves.
             seed: picture i of the call has seed + i, so each can be made again alone.
             latents: unit-normal noise [b, h, w, c] in place of the seed's.
+            init_image: a picture that is changed, in the place of noise alone: PIL or an array as `image`. It is resized to the output's size.
+            strength: how much of it is changed, above 0 to 1: of the steps the last ``int(num_inference_steps * strength)`` are made. By
+                default 0.8. Windows, schedules of strengths and intervals are of the steps that are made. Another strength compiles nothing.
+            mask_image: where it is changed: as `control_mask`, white where it is redrawn; a picture of another size is resized.
+            mask_blur: radius in pixels of a Gaussian blur of the mask, which makes the edge of `keep_unmasked` soft.
+            keep_unmasked: whether pixels outside the mask stay exactly those of `init_image`; where the mask is gray, in part.
+            sample_mode: "sample" draws the picture's latents from the autoencoder's distribution, with the seed; "argmax" takes its mean.
             sampler: one of `diffusion.SAMPLERS`.
             sampler_options: what `diffusion.make_sampler` describes, such as {"karras": True}, or {"final_sigmas_type": "sigma_min"}
                 for the last noise level of diffusers 0.25.
@@ -326,16 +340,19 @@ class InstantIDPipeline:
         Raises:
             PipelineError: an argument is out of range or of the wrong shape; nothing has been compiled by then.
         """
+        initial = check_initial(init_image, strength, mask_image, mask_blur, keep_unmasked, sample_mode)
+        strength = STRENGTH if initial is not None and strength is None else strength
         arguments = {k: v for k, v in locals().items() if k in CHECKED}
         _refuse(self.__call__, foreign, CALL, "the pipeline")
         if on_step is not None and not callable(on_step):
             raise PipelineError(f"on_step must be a function of the number of the finished model call, not {on_step!r}")
         request = Request.check(self.config, **arguments, nets=1 + len(self.controlnets))
-        inputs = self.prepare(request, image, image_embeds, control_mask, latents, people=people, max_people=max_people)
+        inputs = self.prepare(request, image, image_embeds, control_mask, latents, people=people, max_people=max_people, initial=initial)
+        placed = None if initial is None else initial.placed(request, self._size(inputs))
         denoiser, weights = self.denoiser()
         with self._on_mesh(), programs.watching(on_step) as watched:
             out = programs.denoise(denoiser, request.solver, request.guided, weights, *self._spread(inputs), watched, request.shortcuts)
-        return PipelineOutput(self._finish(out, output_type, request.tiling))
+        return PipelineOutput(self._finish(out, output_type, request.tiling, placed))
 
     def denoiser(self) -> tuple[Denoiser, dict[str, Any]]:
         """The networks of every denoising step, and their weights."""
@@ -353,8 +370,12 @@ class InstantIDPipeline:
         *,
         people: Any = None,
         max_people: int = MOST_PEOPLE,
+        initial: Initial | None = None,
     ) -> Inputs:
-        """Everything that `denoise` takes for a checked request; the rest is as in the call."""
+        """Everything that `denoise` takes for a checked request; the rest is as in the call.
+
+        `initial` is the picture to begin with (`editing.check_initial`).
+        """
         width, down = self.config.resampler.embedding_dim, self.config.vae.downscale
         if people is not None:
             image = control_pictures(people, image, image_embeds, control_mask)
@@ -369,7 +390,20 @@ class InstantIDPipeline:
         conditions = conditions if several is None else with_people(conditions, several)
         start, scale = jnp.asarray(noise) * plan.init_noise_sigma, np.asarray(request.guidance_scale, np.float32)
         guidance = jnp.asarray(scale if request.branches > 2 else scale[0]), jnp.float32(request.guidance_rescale)
-        return Inputs(conditions, start, jnp.asarray(seeds), plan, *guidance, request.pace())
+        inputs = Inputs(conditions, start, jnp.asarray(seeds), plan, *guidance, request.pace())
+        return inputs if initial is None else self._begin(inputs, request, initial, noise)
+
+    def _size(self, inputs: Inputs) -> tuple[int, int]:
+        """(height, width) of the pictures."""
+        return inputs.latents.shape[1] * self.config.vae.downscale, inputs.latents.shape[2] * self.config.vae.downscale
+
+    def _begin(self, inputs: Inputs, request: Request, initial: Initial, noise: Any) -> Inputs:
+        """The same inputs for a call that changes a picture."""
+        placed = initial.placed(request, self._size(inputs))
+        draws = programs.encoding_noise(request.seeds(), inputs.latents.shape[1:]) if initial.sample_mode == "sample" else None
+        with self._on_mesh():
+            encoded = _near(programs.encode(self.networks["vae"], self.parameters["vae"], placed.picture[None], draws, request.tiling))
+        return begin(inputs, request, placed, encoded, noise)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """Where layers see the mesh that the weights are spread over (`nn.placement`)."""
@@ -385,6 +419,8 @@ class InstantIDPipeline:
         places = jax.tree.map(lambda _: whole, inputs)
         split = {name: jax.tree.map(lambda _: rows, getattr(conditions, name)) for name in ("text", "text_mask", "added", "identity_tokens")}
         places = places._replace(conditions=places.conditions._replace(**split), latents=rows, seeds=rows)
+        if places.edit is not None:
+            places = places._replace(edit=places.edit._replace(image=rows, noise=rows))
         return jax.tree.map(put_whole, inputs, places)
 
     def _conditions(self, request: Request, images: list[np.ndarray], embeddings: np.ndarray, mask: np.ndarray | None) -> Conditions:
@@ -418,7 +454,7 @@ class InstantIDPipeline:
             control_mask=None if mask is None else jnp.asarray(mask)[None],
         )
 
-    def _finish(self, latents: jax.Array, output_type: str, tiling: Tiling | None) -> Any:
+    def _finish(self, latents: jax.Array, output_type: str, tiling: Tiling | None, placed: Placed | None = None) -> Any:
         if not np.isfinite(denoised := to_host(latents)).all():
             raise PipelineError(
                 "the denoising networks gave values that are not finite; load the model with dtype='float32' or 'bfloat16', or check its weights"
@@ -429,6 +465,7 @@ class InstantIDPipeline:
             pictures = to_host(programs.decode(self.networks["vae"], self.parameters["vae"], latents, tiling))
         if not np.isfinite(pictures).all():
             raise PipelineError("the autoencoder gave values that are not finite; load the model with dtype='float32' or 'bfloat16'")
+        pictures = pictures if placed is None else placed.finished(pictures)
         if output_type == "np":
             return pictures
         return [Image.fromarray(np.round(p * 255).astype(np.uint8)) for p in pictures]

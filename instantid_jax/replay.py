@@ -34,6 +34,8 @@ _FILES = {
     "pose": "pose",
     "control_image": "control",
     "control_mask": "mask",
+    "init_image": "init",
+    "mask_image": "redrawn",
     "lora": "lora",
     "controlnet": "controlnet",
 }
@@ -151,7 +153,7 @@ class Replay:
         group = "people_sha256" in self.recorded
         for option, kind in _FILES.items():
             wanted, paths = self.recorded.get(f"{kind}_sha256", []), _paths(getattr(given, option))
-            if paths or not wanted or (group and kind not in ("people", "control", "lora", "controlnet")):
+            if paths or not wanted or (group and kind not in ("people", "control", "init", "redrawn", "lora", "controlnet")):
                 continue
             if kind == "face" and self.recorded.get("face_vector") is not None:
                 paths = (self._stored_face(scratch),)

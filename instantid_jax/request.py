@@ -42,7 +42,7 @@ CHECKED = (
     *("height", "width", "num_inference_steps", "sampler", "sampler_options", "output_type", "guidance_scale", "guidance_rescale"),
     *_IDENTITY,
     *("ip_adapter_scale", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", *_SIZES),
-    *_SAVINGS,
+    *("strength", *_SAVINGS),
 )
 OUTPUT_TYPES = ("pil", "np", "latent")
 
@@ -63,6 +63,7 @@ _OPTIONS = {
 _OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ("guidance_scale", "guidance_rescale", "ip_adapter_scale", "clip_skip")}
 _OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ("prompt_weighting", "seed", "height", "width")}
 _OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in (*_SAVINGS, *_IDENTITY)}
+_OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ("init_image", "strength", "mask_image", "mask_blur")}
 
 
 def in_options(message: str) -> str:
@@ -174,6 +175,11 @@ class Request:
     num_images_per_prompt: int
     solver: Sampler
     plan: Plan
+    """Of the steps that are made: with a picture to begin with, the last ones."""
+    whole: Plan
+    """Of all steps."""
+    start: int
+    """How many steps are left out at the beginning."""
     guided: bool
     guidance_scale: tuple[float, ...]
     """One number, or two where text and identity are guided apart."""
@@ -207,7 +213,9 @@ class Request:
         """Checks the pipeline's arguments (by the pipeline's names) for a model and its number of nets. Raises `PipelineError`."""
         prompts = _texts("prompt", a["prompt"])
         optional = {k: None if a[k] is None else _texts(k, a[k], len(prompts)) for k in ("prompt_2", "negative_prompt", "negative_prompt_2")}
-        solver, plan = _solver(config, a["sampler"], a["sampler_options"], a["num_inference_steps"])
+        solver, whole = _solver(config, a["sampler"], a["sampler_options"], a["num_inference_steps"])
+        start = _start(a["strength"], a["num_inference_steps"])
+        plan = solver.plan(a["num_inference_steps"], start) if start else whole
         if a["output_type"] not in OUTPUT_TYPES:
             raise PipelineError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {a['output_type']!r}")
         if not isinstance(a["prompt_weighting"], bool):
@@ -240,6 +248,8 @@ class Request:
             num_images_per_prompt=check_whole("num_images_per_prompt", a["num_images_per_prompt"], 1, 4096),
             solver=solver,
             plan=plan,
+            whole=whole,
+            start=start,
             guided=guidance > 1 or apart is not None,
             guidance_scale=(guidance,) if apart is None else (guidance, apart),
             guidance_rescale=check_number("guidance_rescale", a["guidance_rescale"], 0, 1),
@@ -281,13 +291,20 @@ class Request:
         """How it does so; None where it leaves out nothing. As in diffusers, windows are fractions of the model calls."""
         if self.shortcuts == Shortcuts():
             return None
-        guidance = control_window(self.plan.num_calls, *self.guidance_window) > 0
+        guidance = self.filled(control_window(self.plan.num_calls, *self.guidance_window) > 0)
         return Pace(jnp.int32(self.cache_interval), jnp.int32(self.control_interval), jnp.asarray(guidance))
+
+    def filled(self, x: np.ndarray) -> np.ndarray:
+        """An array with an item for each model call, its last one repeated up to the calls of a run from noise.
+
+        So their number, which decides what is compiled, does not depend on the strength; calls beyond those of `plan` are not made.
+        """
+        return np.concatenate([x, np.repeat(x[-1:], self.whole.num_calls - len(x), axis=0)])
 
     def strengths(self, adapter: Any) -> tuple[np.ndarray, np.ndarray]:
         """Tables of the nets' strengths [calls, nets, sides, 1 or residuals], windows in them, and of the image adapter's [calls, sides,
-        1 or layers]; `adapter` is its strength where the request has none. There are two sides, inside and outside of the control
-        mask, where something is said of the outside.
+        1 or layers], `filled`; `adapter` is its strength where the request has none. There are two sides, inside and outside of the
+        control mask, where something is said of the outside.
         """
         steps = self.plan.steps
         adapter = self.ip_adapter_scale or check_strength("the scale of set_ip_adapter_scale", adapter, steps, self.places[1])
@@ -295,7 +312,7 @@ class Request:
         nets = np.stack(np.broadcast_arrays(*(scale.table(steps, self.places[0], sides) for scale in self.scales)), axis=1)
         # As in diffusers, windows are fractions of the model calls, of which Heun makes about two a step.
         windows = np.stack([control_window(self.plan.num_calls, start, end) for start, end in self.windows], axis=1)
-        return windows[:, :, None, None] * nets, adapter.table(steps, self.places[1], sides)
+        return self.filled(windows[:, :, None, None] * nets), self.filled(adapter.table(steps, self.places[1], sides))
 
     def negative_identities(self, embeddings: np.ndarray) -> np.ndarray:
         """What stands for nobody in the place of embeddings [n, d]: zeros, or with a strength that times noise that is even from 0 to 1."""
@@ -354,24 +371,24 @@ class Request:
             raise PipelineError(f"latents has shape {array.shape}; this call needs {(self.batch, *shape)} (batch, height/8, width/8, channels)")
         return array
 
-    def mask(self, value: Any, size: tuple[int, int]) -> np.ndarray | None:
-        """The control mask as float32 [H, W] in [0, 1]; four numbers are a box (`face.box_mask`)."""
+    def mask(self, value: Any, size: tuple[int, int], name: str = "control_mask") -> np.ndarray | None:
+        """A mask, called `name`, as float32 [H, W] in [0, 1]; four numbers are a box (`face.box_mask`)."""
         if value is None:
             return None
         if np.shape(value) == (4,):
             try:
-                return box_mask((size[1], size[0]), value, "control_mask").astype(np.float32) / np.float32(255)
+                return box_mask((size[1], size[0]), value, name).astype(np.float32) / np.float32(255)
             except FaceError as error:
                 raise PipelineError(str(error)) from error
         given = np.asarray(value.convert("RGB") if isinstance(value, Image.Image) else value)
-        array = _real("control_mask", given.astype(np.uint8) * 255 if given.dtype == bool else given)
+        array = _real(name, given.astype(np.uint8) * 255 if given.dtype == bool else given)
         if array.shape[:2] != size or array.shape[2:] not in ((), (1,), (3,)):
-            raise PipelineError(f"control_mask has shape {array.shape}, the picture is {size}: [height, width], or the same with 1 or 3 channels")
+            raise PipelineError(f"{name} has shape {array.shape}, the picture is {size}: [height, width], or the same with 1 or 3 channels")
         array = array[..., 0] if array.ndim == 3 else array
         whole = given.dtype in (np.uint8, bool) or (given.dtype.kind in "iu" and array.max() > 1)
         array = array / np.float32(255 if whole else 1)
         if array.min() < 0 or array.max() > 1:
-            raise PipelineError(f"control_mask must hold whole numbers from 0 to 255 or numbers from 0.0 to 1.0, not {given.min()} to {given.max()}")
+            raise PipelineError(f"{name} must hold whole numbers from 0 to 255 or numbers from 0.0 to 1.0, not {given.min()} to {given.max()}")
         return array
 
 
@@ -387,6 +404,16 @@ def _solver(config: ModelConfig, name: Any, options: Any, steps: Any) -> tuple[S
         return solver, solver.plan(steps)
     except SamplerError as error:
         raise PipelineError(str(error)) from error
+
+
+def _start(strength: Any, steps: int) -> int:
+    """How many of the steps are left out; None is none. As in diffusers, int(steps * strength) are made."""
+    if strength is None:
+        return 0
+    made = min(int(steps * check_number("strength", strength, 0, 1)), steps)
+    if made < 1:
+        raise PipelineError(f"strength must be at least {1 / steps:.3g} with {steps} steps, so that one of them is made, not {strength:g}")
+    return steps - made
 
 
 def _windows(name: str, start: Any, end: Any, nets: int) -> list[tuple[float, float]]:

@@ -35,7 +35,18 @@ from instantid_jax.config import UNetConfig
 from instantid_jax.models.adapter import site_numbers
 from instantid_jax.published import did_you_mean
 
-__all__ = ["Layers", "Piece", "Schedule", "Strength", "StrengthError", "adapter_places", "control_places", "number_or_text", "read_strength"]
+__all__ = [
+    "Layers",
+    "Piece",
+    "Schedule",
+    "Strength",
+    "StrengthError",
+    "adapter_places",
+    "control_places",
+    "multiplied",
+    "number_or_text",
+    "read_strength",
+]
 
 LOW, HIGH = -10.0, 10.0
 """Between these lies every strength."""
@@ -127,6 +138,23 @@ class Strength:
         nothing = Layers(Schedule((Piece("linear", 0.0, 0.0),)))
         both = [layers.values(steps, places) for layers in (self.inside, self.outside or nothing)[:sides]]
         return np.stack(np.broadcast_arrays(*both), axis=1).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product(Strength):
+    """Two strengths multiplied, step by step and layer by layer."""
+
+    times: Strength = dataclasses.field(kw_only=True)
+
+    def table(self, steps: Sequence[int], places: Sequence[str], sides: int = 1) -> np.ndarray:
+        """As of `Strength`; where one of the two says nothing of the outside, it is zero there."""
+        return super().table(steps, places, sides) * self.times.table(steps, places, sides)
+
+
+def multiplied(first: Any, second: Any) -> Strength:
+    """The product of two strengths, each as `read_strength` takes it. Raises `StrengthError`."""
+    one = read_strength(first)
+    return Product(one.inside, one.outside, times=read_strength(second))
 
 
 def read_strength(value: Any) -> Strength:

@@ -17,7 +17,7 @@ from instantid_jax.data.drawing import draw_keypoints
 from instantid_jax.defaults import EYE_DISTANCE, EYES
 from instantid_jax.face import FaceAnalyzer, Identity, interpolate_embeddings, read_view, view_keypoints
 from instantid_jax.output import contact_sheet, free_path, place_in_batch, run_settings, save_contact_sheet, save_picture, suffix_of, without_folders
-from instantid_jax.pipeline import InstantIDPipeline, check_call
+from instantid_jax.pipeline import check_call
 from instantid_jax.prompts import PER_PROMPT, Asked
 from instantid_jax.references import read_identity
 from instantid_jax.sample_options import SampleOptions
@@ -111,7 +111,7 @@ def _curves(table: np.ndarray) -> Image.Image:
 
 
 def draw_variants(
-    pipe: InstantIDPipeline, call: Mapping[str, Any], variants: Sequence[Variant], on_step: Callable[[int], None]
+    draw: Callable[[dict[str, Any]], list[Image.Image]], call: Mapping[str, Any], variants: Sequence[Variant]
 ) -> list[list[Image.Image]]:
     """Each variant's pictures. `call` holds the pipeline's arguments; a variant's keypoint picture takes the place of its first one."""
     rows = []
@@ -119,7 +119,7 @@ def draw_variants(
         change = dict(variant.change)
         if "image" in change:
             change["image"] = [change["image"], *call["image"][1:]]
-        rows.append(pipe(**{**call, **change}, on_step=on_step).images)
+        rows.append(draw({**call, **change}))
     return rows
 
 
