@@ -184,7 +184,7 @@ def _refined(
     if width >= side:
         told = f"the face with its margin is {width} pixels wide, and the model draws {side}"
         raise FaceError("large_face", f"{told}: there is nothing to gain; give a smaller margin, or leave out the second pass")
-    points = (face.kps - np.float32(box[:2])) * np.float32(side / width)
+    points = (face.kps - np.asarray(box[:2], np.float32)) * np.float32(side / width)
     keypoints = draw_keypoints((side, side), points, pipe.config.keypoint_scale)
     others = [_square(_rgb(image).resize(picture.size, Image.Resampling.LANCZOS), box, side) for image in control_images]
     enlarged = _square(picture, box, side)

@@ -79,8 +79,8 @@ def run_jobs(given: SampleOptions) -> int:
         raise ValueError("--num-images is not for --jobs; list the seeds in the file")
     if several := next((name for name in ("people", "view", "blend", "compare") if getattr(given, name)), None):
         raise ValueError(f"--{several} is not for --jobs, whose pictures show one person in one pose each")
-    if given.keep_face_vector:
-        raise ValueError("--keep-face-vector is not for --jobs")
+    if alone := next((name for name in ("init_image", "refine_face", "keep_face_vector") if getattr(given, name)), None):
+        raise ValueError(f"--{alone.replace('_', '-')} is not for --jobs; run sample.py once for each picture")
     check_files([given.jobs])
     check_folder(given.out)
     config = model_config(given)

@@ -91,7 +91,7 @@ def group_conditions(s: SampleOptions, config: ModelConfig, listed: PeopleFile, 
 
 def inputs_of(s: SampleOptions, listed: PeopleFile | None = None) -> dict[str, Sequence[Path]]:
     """The files that go in, by what they are."""
-    initial = {"init": (s.init_image,) if s.init_image else (), "redrawn": (s.mask_image,) if s.mask_image else ()}
+    initial: dict[str, Sequence[Path]] = {"init": (s.init_image,) if s.init_image else (), "redrawn": (s.mask_image,) if s.mask_image else ()}
     if listed is not None:
         poses = [listed.pose, *(person.pose for person in listed.people)]
         return {
