@@ -28,16 +28,17 @@ from instantid_jax.jobs import run_jobs
 from instantid_jax.options import OptionError, check_folder, status_of, wrong_options
 from instantid_jax.output import place_in_batch, run_settings, save_run
 from instantid_jax.parallel.distributed import leave
-from instantid_jax.pipeline import check_call, read_config
+from instantid_jax.pipeline import read_config
 from instantid_jax.progress import CompileSeconds, StepBar
 from instantid_jax.prompts import prompts_of
 from instantid_jax.references import check_files, photos_table, read_identity
 from instantid_jax.replay import Replay
 from instantid_jax.request import in_options
 from instantid_jax.running import keep_compiled
+from instantid_jax.sample_edits import calls_of_run, drawn, initial_of, on_initial_canvas
 from instantid_jax.sample_options import SampleOptions, gathered
 from instantid_jax.sampling import conditions_of, face_facts, group_conditions, inputs_of, model_config, open_pipeline, read_people, settings_of
-from instantid_jax.variants import draw_variants, prompt_variants, save_variants, variants_of
+from instantid_jax.variants import compared_variants, draw_variants, prompt_variants, save_variants, variants_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,9 +94,9 @@ def run(given: SampleOptions, replay: Replay | None = None) -> list[Path]:
         asked, columns = prompts_of(s)
         again = replay if replay and replay.single and len(asked) == 1 else None
         s = again.batch(asked[0].options) if again else asked[0].options
-        call, variants = s.call(), prompt_variants(asked)
-        if len(asked) > 1 and (s.view or s.blend):
-            raise ValueError(f"--{'view' if s.view else 'blend'} goes with one prompt, not {len(asked)}")
+        variants = prompt_variants(asked)
+        if len(asked) > 1 and (one := next((name for name in ("view", "blend", "compare") if getattr(s, name)), None)):
+            raise ValueError(f"--{one} goes with one prompt, not {len(asked)}")
         prompts = []
         if s.is_demo:
             told = (given.prompt, given.style, given.prompt_file) != (None, (), None)
@@ -104,15 +105,17 @@ def run(given: SampleOptions, replay: Replay | None = None) -> list[Path]:
     if s.is_demo and s.control_mask is not None:
         raise OptionError("--control-mask has no meaning for the people who come along; name a photo with --face")
     check_folder(s.out)
-    config = model_config(s)
+    s = on_initial_canvas(s)
+    call, config = s.call(), model_config(s)
     loras = read_loras(s.lora, config, s.allow_unknown_lora_keys)
     with wrong_options():
-        request = check_call(config, nets=1 + len(s.controlnet), **call)
-        for variant in variants:
-            check_call(config, nets=1 + len(s.controlnet), **call | variant.change)
+        variants = variants or compared_variants(s, config)
+        calls = calls_of_run(s, config, [call, *(call | variant.change for variant in variants)], listed)
+    call |= initial_of(s)
     analyzer = functools.cache(lambda: load_analyzer(s.analyzer or config.face_analyzer, s.analyzer_root))
     try:
-        pose = read_identity((s.pose,), analyzer, face_index=s.pose_face_index) if s.pose else None
+        place = s.pose or (None if s.only_refined or listed is not None else s.init_image)
+        pose = read_identity((place,), analyzer, face_index=s.pose_face_index) if place else None
     except FaceError as error:
         raise ValueError(str(error).replace("--face-index", "--pose-face-index")) from error
     keypoints, identity = None, None
@@ -127,25 +130,26 @@ def run(given: SampleOptions, replay: Replay | None = None) -> list[Path]:
         variants = variants or variants_of(s, config, identity, analyzer)
         if again and again.variant is not None:
             variants = [variant for variant in variants if variant.label == again.variant][:1]
-        drawn = variants[0].change.get("image") if variants else None
-        call |= conditions_of(s, config.keypoint_scale, pose or identity, drawn) | {"image_embeds": identity.embedding}
+        view = variants[0].change.get("image") if variants else None
+        call |= conditions_of(s, config.keypoint_scale, pose or identity, view) | {"image_embeds": identity.embedding}
         keypoints = call["image"][0]
     pipe = open_pipeline(s, loras)
     settings = settings_of(s, loras) | (face_facts(identity) if identity is not None and s.keep_face_vector else {})
     began = time.perf_counter()
-    calls = request.plan.num_calls * ((1 if again else count_people()) if keypoints is None else len(variants) or 1)
-    with StepBar(calls) as bar, CompileSeconds() as compiling:
+    runs = (1 if again else count_people()) if keypoints is None else len(variants) or 1
+    with StepBar(calls * runs) as bar, CompileSeconds() as compiling:
+        draw = functools.partial(drawn, pipe, s, analyzer, bar.on_step)
         if keypoints is None:
             sheet = draw_people(pipe, analyzer(), call, prompts, pose, bar.on_step, again.person if again else None)
             pictures, save = [image for row in sheet.rows for image in row[3]], functools.partial(save_sheet, s.out, sheet, settings)
             told = demo_settings(sheet, sheet.rows[0][0], again.index, settings) if again else {}
         elif variants:
-            rows = draw_variants(pipe, call, variants, bar.on_step)
+            rows = draw_variants(draw, call, variants)
             pictures, told = [picture for row in rows for picture in row], variants[0].told
             across = columns if len(asked) > 1 else None
             save = functools.partial(save_variants, s.out, variants, rows, inputs_of(s, listed), settings, across)
         else:
-            pictures, told = pipe(**call, on_step=bar.on_step).images, {}
+            pictures, told = draw(call), {}
             save = functools.partial(save_run, s.out, pictures, keypoints, inputs_of(s, listed), settings)
         if again:
             place = {} if keypoints is None else place_in_batch(s.seed, again.index, len(pictures))

@@ -6,13 +6,30 @@ from instantid_jax.config import ModelConfig, SchedulerConfig, UNetConfig, sdxl,
 
 if TYPE_CHECKING:
     from instantid_jax.face import FaceAnalyzer
+    from instantid_jax.face_refine import refine_face
     from instantid_jax.people import Person
     from instantid_jax.pipeline import InstantIDPipeline
 
 __version__ = "0.1.0"
-__all__ = ["FaceAnalyzer", "InstantIDPipeline", "ModelConfig", "Person", "SchedulerConfig", "UNetConfig", "__version__", "sdxl", "tiny"]
+__all__ = [
+    "FaceAnalyzer",
+    "InstantIDPipeline",
+    "ModelConfig",
+    "Person",
+    "SchedulerConfig",
+    "UNetConfig",
+    "__version__",
+    "refine_face",
+    "sdxl",
+    "tiny",
+]
 
-_LAZY = {"InstantIDPipeline": "instantid_jax.pipeline", "FaceAnalyzer": "instantid_jax.face", "Person": "instantid_jax.people"}
+_LAZY = {
+    "InstantIDPipeline": "instantid_jax.pipeline",
+    "FaceAnalyzer": "instantid_jax.face",
+    "Person": "instantid_jax.people",
+    "refine_face": "instantid_jax.face_refine",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,15 +1,16 @@
-"""Sampling as four functions of weights and arrays, each one compiled program.
+"""Sampling as five functions of weights and arrays, each one compiled program.
 
     encode_text      token ids               -> text states, pooled state
     encode_identity  face embeddings         -> identity tokens
+    encode           a picture               -> latents          (image to image alone)
     denoise          noise and conditions    -> latents          (one `lax.scan` over the steps)
     decode           latents                 -> pictures in [0, 1]
 
 They are pure, but that a watched `denoise` reports its progress to the listener of `watching`. Static, so that another value
 compiles anew, are the networks, all shapes (sizes, batch, length of the text), the sampler with its options, the number of
-steps, and whether there is guidance, a mask of the text, a control mask, somebody who watches, and shortcuts. Everything else that a user
-changes between pictures is traced: prompts, seeds, strengths, windows, masks, pictures. A second call with other values
-compiles nothing.
+steps, and whether there is guidance and of how many branches, a mask of the text, a control mask, a picture to begin with, a mask of what is
+redrawn in it, somebody who watches, shortcuts, and strengths by layer or place. Everything else that a user changes between pictures is
+traced: prompts, seeds, strengths and their schedules, windows, masks, pictures. A second call with other values compiles nothing.
 """
 
 from __future__ import annotations
@@ -27,14 +28,29 @@ from instantid_jax.diffusion import Plan, Sampler
 from instantid_jax.lora import apply_loras
 from instantid_jax.models import Network
 from instantid_jax.models.encoder import AddedConditions
-from instantid_jax.models.tiling import Tiling, decode_tiled
+from instantid_jax.models.tiling import Tiling, decode_tiled, encode_tiled
 from instantid_jax.prediction import Fixed, MaskOfSize, Pace, Predictor, Shortcuts, guide, plan_calls
 
-__all__ = ["Conditions", "Denoiser", "Inputs", "control_masks", "decode", "denoise", "encode_identity", "encode_text", "initial_noise", "watching"]
+__all__ = [
+    "Conditions",
+    "Denoiser",
+    "Edit",
+    "Inputs",
+    "control_masks",
+    "decode",
+    "denoise",
+    "encode",
+    "encode_identity",
+    "encode_text",
+    "encoding_noise",
+    "initial_noise",
+    "watching",
+]
 
 Parameters = dict[str, Any]
 Loras = tuple[Any, ...]
 """What `lora.apply_loras` takes."""
+_ENCODING = 2**31 - 1  # which draw of a picture's key the autoencoder takes; the steps take those from 1
 
 
 class Denoiser(NamedTuple):
@@ -47,7 +63,9 @@ class Denoiser(NamedTuple):
 
 
 class Conditions(NamedTuple):
-    """Everything that a picture is conditioned on. With guidance the first half of B is unconditional, the second conditional."""
+    """Everything that a picture is conditioned on. With guidance B holds branches one after the other: the unconditional, then the
+    conditional one; with a guidance of its own for the identity, between them the one of the text alone, whose identity is the
+    unconditional one's."""
 
     text: Array
     """Text states [B, m, c]."""
@@ -56,18 +74,31 @@ class Conditions(NamedTuple):
     added: AddedConditions
     """Pooled text [B, p] and sizes [B, 6]."""
     identity_tokens: Array
-    """Resampler output [B, n, c], of several people [B, people, n, c]; the unconditional half is the resampler of zeros."""
+    """Resampler output [B, n, c], of several people [B, people, n, c]; of the unconditional branch those of zeros (or noise)."""
     images: tuple[Array, ...]
     """Control pictures in [0, 1], [1 or B, H, W, 3]: the keypoints for IdentityNet (of several people [1 or B, people, H, W, 3]), then one
     for every other ControlNet."""
     control_scales: Array
-    """[steps, nets] or [steps, nets, 1 or people, 1 or residuals]: strength of each net in each step, already zero outside its window.
+    """[calls, nets] or [calls, nets, 1 or people or places, 1 or residuals]: strength of each net, already zero outside its window.
     A person whose strengths are zero is not computed."""
     adapter_scale: Array
-    """[steps] or [steps, 1 or people, 1 or layers]: strength of the image adapter in each step."""
+    """[calls] or [calls, 1 or people or places, 1 or layers]: strength of the image adapter."""
     control_mask: Array | None
     """[1 or B, H, W] in [0, 1]: where IdentityNet and the image adapter act; None is everywhere. Several people have one each:
-    [1 or B, H, W, people]."""
+    [1 or B, H, W, people], as have two or more places of one person with strengths of their own."""
+
+
+class Edit(NamedTuple):
+    """A picture that is changed instead of made from noise alone (`editing`)."""
+
+    count: Array
+    """How many of the plan's calls are made, its first ones; a whole number. The rest are not computed."""
+    image: Array
+    """Latents [b, h, w, c] of the picture."""
+    noise: Array
+    """Unit normal [b, h, w, c]: the noise that `latents` has."""
+    mask: Array | None
+    """[1 or b, h, w, 1]: 1 where it is redrawn; elsewhere the picture's own latents take its place after each call. None is everywhere."""
 
 
 class Inputs(NamedTuple):
@@ -80,8 +111,10 @@ class Inputs(NamedTuple):
     """[b] uint32."""
     plan: Plan
     guidance_scale: Array
+    """Scalar; of three branches [2], of text and identity."""
     guidance_rescale: Array
     pace: Pace | None = None
+    edit: Edit | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("network",))
@@ -109,6 +142,19 @@ def decode(network: Network, parameters: Parameters, latents: Array, tiling: Til
     return jax.lax.map(one, latents)
 
 
+@functools.partial(jax.jit, static_argnames=("network", "tiling"))
+def encode(network: Network, parameters: Parameters, image: Array, noise: Array | None, tiling: Tiling | None = None) -> Array:
+    """Scaled latents [b, h, w, c] of a picture [1, H, W, 3] in [0, 1]: the autoencoder's distribution at unit normal `noise` [b, h, w, c].
+
+    Without noise they are its mean, [1, h, w, c].
+    """
+    vae = network.bind(parameters)
+    x = (image * 2 - 1).astype(network.compute.dtype)
+    found = vae.encode(x) if tiling is None else encode_tiled(vae, x, tiling)
+    mean, logvar = found.mean.astype(jnp.float32), found.logvar.astype(jnp.float32)
+    return vae.scale(mean if noise is None else mean + jnp.exp(0.5 * logvar) * noise)
+
+
 def picture_keys(seeds: Array) -> Array:
     """One random key a picture, from its seed alone: a picture does not depend on the batch it is made in."""
     return jax.vmap(jax.random.key)(seeds)
@@ -118,6 +164,12 @@ def picture_keys(seeds: Array) -> Array:
 def initial_noise(seeds: Array, shape: tuple[int, ...]) -> Array:
     """Unit normal noise [b, *shape]; picture i depends on seeds[i] only."""
     return _normal(picture_keys(seeds), 0, shape)
+
+
+@functools.partial(jax.jit, static_argnames=("shape",))
+def encoding_noise(seeds: Array, shape: tuple[int, ...]) -> Array:
+    """The same for `encode`; independent of `initial_noise` and of the steps' noise."""
+    return _normal(picture_keys(seeds), _ENCODING, shape)
 
 
 def _normal(keys: Array, index: Array | int, shape: tuple[int, ...]) -> Array:
@@ -197,21 +249,24 @@ def denoise(
     guidance_scale: Array,
     guidance_rescale: Array,
     pace: Pace | None = None,
+    edit: Edit | None = None,
     watched: bool = False,
     shortcuts: Shortcuts = Shortcuts(),  # noqa: B008 (immutable)
 ) -> Array:
     """Latents of pictures from noise [b, h, w, c] that is already at the plan's first noise level, and that is used up.
 
     `parameters` holds the weights under "unet", "adapter", "identitynet" and "controlnets" (a tuple), and under "loras" what
-    `lora.apply_loras` adds to the UNet's. With `guided` the conditions are twice as long as the latents (`Conditions`). With
+    `lora.apply_loras` adds to the UNet's. With `guided` the conditions are two or three times as long as the latents (`Conditions`). With
     `watched` the running program reports each model call to the listener that `watching` has set. With `shortcuts` it leaves
-    work out as `pace` says (`prediction`).
+    work out as `pace` says (`prediction`). With `edit` a picture is changed: `latents` are that picture with noise (or, with a mask, noise
+    alone), and only the plan's first calls are made.
     """
     unet = denoiser.unet.bind(apply_loras(parameters["unet"], parameters.get("loras", ())))
     nets = [denoiser.identitynet.bind(parameters["identitynet"])]
     nets += [n.bind(p) for n, p in zip(denoiser.controlnets, parameters.get("controlnets", ()), strict=True)]
     adapter = denoiser.adapter.bind(parameters["adapter"])
     batch = conditions.text.shape[0]
+    branches = batch // latents.shape[0] if guided else 1
 
     # What does not depend on the latents is computed before the loop: keys and values of text and identity, features of the
     # pictures, masks, and the embeddings of all times.
@@ -238,21 +293,39 @@ def denoise(
     predictor = Predictor(unet, tuple(nets), fixed, shortcuts)
     keys = picture_keys(seeds)
 
-    def body(carry: Any, item: Any) -> tuple[Any, None]:
-        (state, memory), (row, call, index) = carry, item
+    def advance(carry: Any, item: Any) -> Any:
+        (state, memory), (row, _, call, index) = carry, item
         x = sampler.model_input(state, row)
-        memory, output = guide(predictor, guided, memory, x, call, guidance_scale, guidance_rescale)
+        memory, output = guide(predictor, branches, memory, x, call, guidance_scale, guidance_rescale)
         noise = _normal(keys, index + 1, latents.shape[1:]) if plan.needs_noise else None
         if watched:
             jax.debug.callback(_report, index)
-        return (sampler.step(state, output, row, noise), memory), None
+        return sampler.step(state, output, row, noise), memory
 
     state = sampler.init(latents)
     first = jax.tree.map(lambda a: a[0], (plan.rows, calls))
     x = sampler.model_input(state, first[0])
-    memory = predictor.empty(jnp.concatenate([x, x]) if guided else x, first[1])
-    (state, _), _ = jax.lax.scan(body, (state, memory), (plan.rows, calls, jnp.arange(plan.num_calls)))
-    return state.sample
+    memory = predictor.empty(jnp.concatenate([x] * branches), first[1])
+    following = {name: jnp.concatenate([column[1:], column[-1:]]) for name, column in plan.rows.items()} if edit is not None else None
+    items = plan.rows, following, calls, jnp.arange(plan.num_calls)
+    if edit is None:
+        (state, _), _ = jax.lax.scan(lambda carry, item: (advance(carry, item), None), (state, memory), items)
+        return state.sample
+
+    def advance_edit(index: Array, carry: Any) -> Any:
+        item = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), items)
+        return _edited(edit, sampler, advance(carry, item), item)
+
+    return jax.lax.fori_loop(0, edit.count, advance_edit, (state, memory))[0].sample
+
+
+def _edited(edit: Edit, sampler: Sampler, carry: Any, item: Any) -> Any:
+    """The carry after a call, with the picture's own latents, at the noise level that the call came to, outside the mask."""
+    (state, memory), (_, following, _, index) = carry, item
+    if edit.mask is None:
+        return carry
+    kept = jnp.where(index + 1 < edit.count, sampler.noised(edit.image, edit.noise, following), edit.image)
+    return state._replace(sample=edit.mask * state.sample + (1 - edit.mask) * kept.astype(state.sample.dtype)), memory
 
 
 def _embed(net: Any, added: AddedConditions, batch: int, timestep: Array) -> Array:

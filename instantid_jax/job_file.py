@@ -8,8 +8,10 @@ The fields are options of ``sample.py``, with underscores; what a line leaves ou
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import operator
 import re
 import types
 import typing
@@ -37,6 +39,7 @@ _KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {
     bool: (bool, "true or false"),
     int: (int, "a whole number"),
     float: ((int, float), "a number"),
+    float | str: ((int, float, str), "a number or a text"),
 }
 
 
@@ -139,7 +142,7 @@ def _value(name: str, value: Any, hint: Any, folder: Path) -> Any:
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     if value is None and type(None) in kinds:
         return None
-    kind = kinds[0]
+    kind = functools.reduce(operator.or_, (kind for kind in kinds if kind is not type(None)))
     if typing.get_origin(kind) is Literal:
         known = typing.get_args(kind)
         if value not in known:
@@ -150,7 +153,7 @@ def _value(name: str, value: Any, hint: Any, folder: Path) -> Any:
         found = tuple(_several(name, value, inner))
         return tuple(folder / item for item in found) if inner is Path else found
     checked = _one(name, value, kind)
-    return folder / checked if kind is Path else float(checked) if kind is float else checked
+    return folder / checked if kind is Path else float(checked) if kind in (float, float | str) and not isinstance(checked, str) else checked
 
 
 def _folder(person: Any, face: Path) -> str:

@@ -77,10 +77,10 @@ def run_jobs(given: SampleOptions) -> int:
         join(given.coordinator, given.processes, given.process)
     if given.num_images != 1:
         raise ValueError("--num-images is not for --jobs; list the seeds in the file")
-    if several := next((name for name in ("people", "view", "blend") if getattr(given, name)), None):
+    if several := next((name for name in ("people", "view", "blend", "compare") if getattr(given, name)), None):
         raise ValueError(f"--{several} is not for --jobs, whose pictures show one person in one pose each")
-    if given.keep_face_vector:
-        raise ValueError("--keep-face-vector is not for --jobs")
+    if alone := next((name for name in ("init_image", "refine_face", "keep_face_vector") if getattr(given, name)), None):
+        raise ValueError(f"--{alone.replace('_', '-')} is not for --jobs; run sample.py once for each picture")
     check_files([given.jobs])
     check_folder(given.out)
     config = model_config(given)
@@ -191,8 +191,7 @@ class _Drawing:
             self.spread = Spread(self.pipe)
         try:
             request = check_call(config, nets=1 + len(s.controlnet), **call)
-            guidance = call["guidance_scale"], call["guidance_rescale"]
-            inputs = self.pipe.prepare(request, conditions["image"], identity.embedding, conditions["control_mask"], guidance=guidance)
+            inputs = self.pipe.prepare(request, conditions["image"], identity.embedding, conditions["control_mask"])
         except PipelineError as error:
             return self._fail(task, "refused", in_fields(str(error)))
         return _Prepared(task, request, inputs)

@@ -7,7 +7,9 @@ opens one. Anything else is refused with one sentence. Pixels are not decoded.
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import re
 import types
 import typing
@@ -21,12 +23,13 @@ from PIL import Image, UnidentifiedImageError
 from instantid_jax.output import READ, settings_text
 from instantid_jax.published import did_you_mean
 from instantid_jax.sample_options import SampleOptions
+from instantid_jax.strengths import StrengthError, read_strength
 
 __all__ = ["FILES", "MAX_TEXT", "MetadataError", "check_settings", "read_recorded"]
 
 MAX_TEXT = 1 << 17
 """Characters of settings that are looked at; a long prompt has a hundredth of it."""
-FILES = ("face", "blend", "pose", "control", "mask", "people", "lora", "controlnet")
+FILES = ("face", "blend", "pose", "control", "mask", "init", "redrawn", "people", "lora", "controlnet")
 """Kinds of files of which the settings hold lists of SHA-256, as `face_sha256`."""
 
 _MAX_FILE = 1 << 30
@@ -167,18 +170,35 @@ def _is_name(text: str) -> bool:
     return 0 < len(text) <= 255 and text not in (".", "..") and not re.search(r"[/\\:\x00-\x1f\x7f]", text)
 
 
+def _is_strength(value: Any) -> bool:
+    if len(value) > _MAX_LENGTH if isinstance(value, str) else abs(value) > _MAX_NUMBER:
+        return False
+    try:
+        read_strength(value)
+    except StrengthError:
+        return False
+    return True
+
+
 _TEXT = _is(str, f"a text of at most {_MAX_LENGTH} characters", lambda text: len(text) <= _MAX_LENGTH and "\0" not in text)
 _NAME = _is(str, "a name without folders", _is_name)
 _WHOLE = _is(int, f"a whole number from {-_MAX_NUMBER} to {_MAX_NUMBER}", lambda value: abs(value) <= _MAX_NUMBER)
 _REAL = _is((int, float), f"a number from {-_MAX_NUMBER} to {_MAX_NUMBER}", lambda value: abs(value) <= _MAX_NUMBER)
 _HASHED = _is(str, "a SHA-256 in 64 small hexadecimal digits", lambda text: _HASH.fullmatch(text) is not None)
-_KINDS: dict[Any, Check] = {str: _TEXT, int: _WHOLE, float: _REAL, bool: _is(bool, "true or false"), Path: _NAME}
+_KINDS: dict[Any, Check] = {
+    str: _TEXT,
+    int: _WHOLE,
+    float: _REAL,
+    float | str: _is((int, float, str), "a strength: a number from -10 to 10, or a schedule such as 'linear(1, 0.3)'", _is_strength),
+    bool: _is(bool, "true or false"),
+    Path: _NAME,
+}
 
 
 def _of_hint(hint: Any) -> Check:
     """What is accepted for an option that is declared with this type."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    kind = options[0]
+    kind = functools.reduce(operator.or_, (option for option in options if option is not type(None)))
     if typing.get_origin(kind) is Literal:
         known = typing.get_args(kind)
         check = _is(str, f"one of {', '.join(known)}", lambda value: value in known)
@@ -190,6 +210,7 @@ def _of_hint(hint: Any) -> Check:
 
 
 _NOT_STORED = ("num_images", "style_file", "wildcards", "prompt_file", "people", "face", "blend", "pose", "control_image", "control_mask")
+_NOT_STORED += ("init_image", "mask_image")
 _NOT_STORED += ("out", "jobs", "replay", "allow_changed_files", "aot", "distributed", "coordinator", "processes", "process")
 _SCHEMA: dict[str, Check] = {
     **{name: _of_hint(hint) for name, hint in typing.get_type_hints(SampleOptions).items() if name not in _NOT_STORED},

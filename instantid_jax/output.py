@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,9 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
         "identitynet_scale": "IdentityNet strength",
         "ip_adapter_scale": "Adapter strength",
         "guidance_rescale": "CFG rescale",
+        "identity_guidance_scale": "Identity guidance",
+        "negative_identity_noise": "Negative identity noise",
+        "negative_identity_seed": "Negative identity seed",
         "clip_skip": "Clip skip",
         "prompt_weighting": "Prompt weighting",
         "sampler_option": "Sampler options",
@@ -78,8 +82,13 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     told = {title: settings[key] for key, title in names.items() if settings.get(key) not in (None, [], (), False)}
-    lines.append(", ".join(f"{title}: {value}" for title, value in told.items()))
+    lines.append(", ".join(f"{title}: {_quoted(value)}" for title, value in told.items()))
     return "\n".join(lines)
+
+
+def _quoted(value: Any) -> Any:
+    """A text with a comma or a colon in quotes, as other tools read it."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) and re.search("[,:]", value) else value
 
 
 def save_picture(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from instantid_jax.published import did_you_mean
 from instantid_jax.sample_options import SampleOptions
+from instantid_jax.strengths import StrengthError, number_or_text
 from instantid_jax.text import Style, expand, find_style, packaged_styles, read_styles
 
 __all__ = ["PER_PROMPT", "Asked", "PromptFileError", "Prompts", "prompts_of"]
@@ -102,8 +103,8 @@ _CELLS: dict[str, tuple[Callable[[str], Any], str]] = {
     "seed": (_whole, f"a whole number from 0 to {2**32 - 1}"),
     "style": (lambda text: (text,), "a name"),
     "guidance_scale": (_number, "a number"),
-    "identitynet_scale": (_number, "a number"),
-    "ip_adapter_scale": (_number, "a number"),
+    "identitynet_scale": (number_or_text, "a strength"),
+    "ip_adapter_scale": (number_or_text, "a strength"),
 }
 
 
@@ -152,7 +153,7 @@ def _table(path: Path, reader: Any, s: SampleOptions, styles: Callable[[str], An
                 if name == "prompt" and not values[name]:
                     raise ValueError
             except ValueError as error:
-                why = str(error) if name == "style" else f"must be {_CELLS[name][1]}, not {cell!r}"
+                why = str(error) if name == "style" or isinstance(error, StrengthError) else f"must be {_CELLS[name][1]}, not {cell!r}"
                 raise PromptFileError(f"{where}, column {name}: {why}") from error
         count += 1
         yield dataclasses.replace(s, **values), where

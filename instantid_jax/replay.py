@@ -34,11 +34,13 @@ _FILES = {
     "pose": "pose",
     "control_image": "control",
     "control_mask": "mask",
+    "init_image": "init",
+    "mask_image": "redrawn",
     "lora": "lora",
     "controlnet": "controlnet",
 }
 """Kind of hash that the settings hold, of each option that names files."""
-_SEVERAL = ("num_images", "view", "blend_steps", "blend_how", "prompt_file")
+_SEVERAL = ("num_images", "view", "blend_steps", "blend_how", "compare", "prompt_file")
 """Options that ask for other pictures than the one that is there."""
 _WHERE = ("version", "made_with", "size")
 
@@ -51,7 +53,7 @@ def recorded_options(recorded: Mapping[str, Any]) -> SampleOptions:
     """The options that settings of `read_recorded` tell: all but files and folders."""
     hints = typing.get_type_hints(SampleOptions)
     kept = {name for name in hints if name in recorded and name not in ("weights", "lora", "controlnet", "analyzer_root", "style", "face")}
-    values = {name: tuple(recorded[name]) if isinstance(recorded[name], list) else recorded[name] for name in kept}
+    values: dict[str, Any] = {name: tuple(recorded[name]) if isinstance(recorded[name], list) else recorded[name] for name in kept}
     texts = {name: literal(values[name]) for name in ("prompt", "negative_prompt") if values.get(name) is not None}
     return SampleOptions(**values | texts)
 
@@ -151,7 +153,7 @@ class Replay:
         group = "people_sha256" in self.recorded
         for option, kind in _FILES.items():
             wanted, paths = self.recorded.get(f"{kind}_sha256", []), _paths(getattr(given, option))
-            if paths or not wanted or (group and kind not in ("people", "control", "lora", "controlnet")):
+            if paths or not wanted or (group and kind not in ("people", "control", "init", "redrawn", "lora", "controlnet")):
                 continue
             if kind == "face" and self.recorded.get("face_vector") is not None:
                 paths = (self._stored_face(scratch),)
@@ -206,7 +208,7 @@ class Replay:
             self.changed |= {f"{kind}_sha256", "model", "weights"} if kind == "weights" else {"analyzer_sha256", "analyzer_root"}
 
     def _stored_face(self, scratch: Path) -> Path:
-        about = {"embedding": np.asarray(self.recorded["face_vector"], np.float32)}
+        about: dict[str, Any] = {"embedding": np.asarray(self.recorded["face_vector"], np.float32)}
         if self.recorded.get("face_keypoints") is not None:
             about |= {"kps": np.asarray(self.recorded["face_keypoints"], np.float32), "size": np.asarray(self.recorded["face_size"])}
         np.savez(scratch / "recorded.npz", **about)

@@ -18,6 +18,7 @@ from instantid_jax.diffusion import Plan, Sampler, SamplerError, control_window,
 from instantid_jax.face import FaceError, box_mask, prepare_control_image
 from instantid_jax.models.tiling import Tiling
 from instantid_jax.prediction import Pace, Shortcuts
+from instantid_jax.strengths import Strength, StrengthError, adapter_places, control_places, read_strength
 
 __all__ = [
     "CHECKED",
@@ -34,12 +35,14 @@ __all__ = [
 _SIZES = ("original_size", "crops_coords_top_left", "target_size")
 _SIZES += tuple(f"negative_{name}" for name in _SIZES)
 _SAVINGS = ("guidance_start", "guidance_end", "cache_interval", "cache_branch_id", "control_interval", "vae_tiling", "vae_tile_size")
+_IDENTITY = ("identity_guidance_scale", "negative_identity_noise", "negative_identity_seed")
 # The pipeline's arguments that can be checked without knowing the size of the picture.
 CHECKED = (
     *("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_weighting", "clip_skip", "num_images_per_prompt", "seed"),
     *("height", "width", "num_inference_steps", "sampler", "sampler_options", "output_type", "guidance_scale", "guidance_rescale"),
+    *_IDENTITY,
     *("ip_adapter_scale", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", *_SIZES),
-    *_SAVINGS,
+    *("strength", *_SAVINGS),
 )
 OUTPUT_TYPES = ("pil", "np", "latent")
 
@@ -59,7 +62,8 @@ _OPTIONS = {
 }
 _OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ("guidance_scale", "guidance_rescale", "ip_adapter_scale", "clip_skip")}
 _OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ("prompt_weighting", "seed", "height", "width")}
-_OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in _SAVINGS}
+_OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in (*_SAVINGS, *_IDENTITY)}
+_OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ("init_image", "strength", "mask_image", "mask_blur")}
 
 
 def in_options(message: str) -> str:
@@ -121,11 +125,21 @@ def _texts(name: str, value: Any, count: int | None = None) -> list[str]:
     return texts
 
 
-def _per_net(name: str, value: Any, nets: int, low: float, high: float) -> list[float]:
+def _per_net(name: str, value: Any, nets: int) -> list[Any]:
     values = list(value) if isinstance(value, list | tuple | np.ndarray) else [value] * nets
     if len(values) != nets:
         raise PipelineError(f"{name} has {len(values)} values for {nets} nets (IdentityNet first)")
-    return [check_number(name, v, low, high) for v in values]
+    return values
+
+
+def check_strength(name: str, value: Any, steps: Sequence[int], places: Sequence[str]) -> Strength:
+    """A strength (`strengths.read_strength`) that fits the steps of the calls and the layers of the model."""
+    try:
+        strength = read_strength(value)
+        strength.table(steps, places, 2)
+    except StrengthError as error:
+        raise PipelineError(f"{name} {error}") from error
+    return strength
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
@@ -161,10 +175,23 @@ class Request:
     num_images_per_prompt: int
     solver: Sampler
     plan: Plan
+    """Of the steps that are made: with a picture to begin with, the last ones."""
+    whole: Plan
+    """Of all steps."""
+    start: int
+    """How many steps are left out at the beginning."""
     guided: bool
-    scales: list[float]
-    ip_adapter_scale: float | None
+    guidance_scale: tuple[float, ...]
+    """One number, or two where text and identity are guided apart."""
+    guidance_rescale: float
+    negative_identity: tuple[float, int]
+    """Strength and seed of the noise that stands for nobody."""
+    scales: list[Strength]
+    """Of each net."""
+    ip_adapter_scale: Strength | None
     windows: list[tuple[float, float]]
+    places: tuple[list[str], list[str]]
+    """Names of IdentityNet's residuals and of the image adapter's layers."""
     guidance_window: tuple[float, float]
     cache_interval: int
     cache_branch: int
@@ -186,7 +213,9 @@ class Request:
         """Checks the pipeline's arguments (by the pipeline's names) for a model and its number of nets. Raises `PipelineError`."""
         prompts = _texts("prompt", a["prompt"])
         optional = {k: None if a[k] is None else _texts(k, a[k], len(prompts)) for k in ("prompt_2", "negative_prompt", "negative_prompt_2")}
-        solver, plan = _solver(config, a["sampler"], a["sampler_options"], a["num_inference_steps"])
+        solver, whole = _solver(config, a["sampler"], a["sampler_options"], a["num_inference_steps"])
+        start = _start(a["strength"], a["num_inference_steps"])
+        plan = solver.plan(a["num_inference_steps"], start) if start else whole
         if a["output_type"] not in OUTPUT_TYPES:
             raise PipelineError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {a['output_type']!r}")
         if not isinstance(a["prompt_weighting"], bool):
@@ -201,8 +230,13 @@ class Request:
             )
         # clip_skip=n reads the states n layers before the last but one.
         layers = min(config.text_encoder.num_hidden_layers, config.text_encoder_2.num_hidden_layers)
+        guidance = check_number("guidance_scale", a["guidance_scale"], 0, 100)
+        apart = a["identity_guidance_scale"]
+        # Guided alike, text and identity need no branch of their own.
+        apart = None if apart is None or check_number("identity_guidance_scale", apart, 0, 100) == guidance else float(apart)
+        places = control_places(config.identitynet), adapter_places(config.unet)
+        scales = _per_net("controlnet_conditioning_scale", a["controlnet_conditioning_scale"], nets)
         scale = a["ip_adapter_scale"]
-        check_number("guidance_rescale", a["guidance_rescale"], 0, 1)
         for side in ("height", "width"):
             if a[side] is not None and check_whole(side, a[side], 64, 8192) % 8:
                 raise PipelineError(f"{side} must be a multiple of 8, not {a[side]}")
@@ -214,9 +248,18 @@ class Request:
             num_images_per_prompt=check_whole("num_images_per_prompt", a["num_images_per_prompt"], 1, 4096),
             solver=solver,
             plan=plan,
-            guided=check_number("guidance_scale", a["guidance_scale"], 0, 100) > 1,
-            scales=_per_net("controlnet_conditioning_scale", a["controlnet_conditioning_scale"], nets, -10, 10),
-            ip_adapter_scale=None if scale is None else check_number("ip_adapter_scale", scale, -10, 10),
+            whole=whole,
+            start=start,
+            guided=guidance > 1 or apart is not None,
+            guidance_scale=(guidance,) if apart is None else (guidance, apart),
+            guidance_rescale=check_number("guidance_rescale", a["guidance_rescale"], 0, 1),
+            negative_identity=(
+                check_number("negative_identity_noise", a["negative_identity_noise"], 0, 10),
+                check_whole("negative_identity_seed", a["negative_identity_seed"], 0, 2**32 - 1),
+            ),
+            scales=[check_strength("controlnet_conditioning_scale", s, plan.steps, places[0]) for s in scales],
+            ip_adapter_scale=None if scale is None else check_strength("ip_adapter_scale", scale, plan.steps, places[1]),
+            places=places,
             windows=_windows("control_guidance", a["control_guidance_start"], a["control_guidance_end"], nets),
             guidance_window=_windows("guidance", a["guidance_start"], a["guidance_end"], 1)[0],
             cache_interval=check_whole("cache_interval", a["cache_interval"], 1, 1000),
@@ -231,6 +274,11 @@ class Request:
         )
 
     @property
+    def branches(self) -> int:
+        """How many times as long as the latents the batch of a step is."""
+        return 1 + len(self.guidance_scale) if self.guided else 1
+
+    @property
     def shortcuts(self) -> Shortcuts:
         """What the denoising program leaves out at all."""
         return Shortcuts(
@@ -243,15 +291,40 @@ class Request:
         """How it does so; None where it leaves out nothing. As in diffusers, windows are fractions of the model calls."""
         if self.shortcuts == Shortcuts():
             return None
-        guidance = control_window(self.plan.num_calls, *self.guidance_window) > 0
+        guidance = self.filled(control_window(self.plan.num_calls, *self.guidance_window) > 0)
         return Pace(jnp.int32(self.cache_interval), jnp.int32(self.control_interval), jnp.asarray(guidance))
+
+    def filled(self, x: np.ndarray) -> np.ndarray:
+        """An array with an item for each model call, its last one repeated up to the calls of a run from noise.
+
+        So their number, which decides what is compiled, does not depend on the strength; calls beyond those of `plan` are not made.
+        """
+        return np.concatenate([x, np.repeat(x[-1:], self.whole.num_calls - len(x), axis=0)])
+
+    def strengths(self, adapter: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Tables of the nets' strengths [calls, nets, sides, 1 or residuals], windows in them, and of the image adapter's [calls, sides,
+        1 or layers], `filled`; `adapter` is its strength where the request has none. There are two sides, inside and outside of the
+        control mask, where something is said of the outside.
+        """
+        steps = self.plan.steps
+        adapter = self.ip_adapter_scale or check_strength("the scale of set_ip_adapter_scale", adapter, steps, self.places[1])
+        sides = 2 if any(strength.outside for strength in (*self.scales, adapter)) else 1
+        nets = np.stack(np.broadcast_arrays(*(scale.table(steps, self.places[0], sides) for scale in self.scales)), axis=1)
+        # As in diffusers, windows are fractions of the model calls, of which Heun makes about two a step.
+        windows = np.stack([control_window(self.plan.num_calls, start, end) for start, end in self.windows], axis=1)
+        return self.filled(windows[:, :, None, None] * nets), self.filled(adapter.table(steps, self.places[1], sides))
+
+    def negative_identities(self, embeddings: np.ndarray) -> np.ndarray:
+        """What stands for nobody in the place of embeddings [n, d]: zeros, or with a strength that times noise that is even from 0 to 1."""
+        strength, seed = self.negative_identity
+        return (strength * np.random.default_rng(seed).random(embeddings.shape)).astype(np.float32)
 
     def seeds(self) -> np.ndarray:
         """One seed a picture: seed, seed + 1, ... (wrapping at 2**32)."""
         return (self.seed + np.arange(self.batch, dtype=np.int64)).astype(np.uint32)
 
     def time_ids(self, picture: tuple[int, int]) -> np.ndarray:
-        """SDXL's six numbers, [2, 6] with guidance (negative first) else [1, 6]; heights first.
+        """SDXL's six numbers, one row a branch of guidance (negative first); heights first.
 
         As in diffusers the negative ones count only where both negative sizes are given; without, they are the positive ones.
         """
@@ -259,7 +332,7 @@ class Request:
         positive = (original or picture, crop or (0, 0), target or picture)
         both = negative_original is not None and negative_target is not None
         negative = (negative_original, negative_crop or (0, 0), negative_target) if both else positive
-        rows = [negative, positive] if self.guided else [positive]
+        rows = [negative] * self.guided + [positive] * (self.branches - self.guided)
         return np.asarray(rows, np.float32).reshape(len(rows), 6)
 
     def control_images(self, image: Any, multiple: int) -> list[np.ndarray]:
@@ -298,24 +371,24 @@ class Request:
             raise PipelineError(f"latents has shape {array.shape}; this call needs {(self.batch, *shape)} (batch, height/8, width/8, channels)")
         return array
 
-    def mask(self, value: Any, size: tuple[int, int]) -> np.ndarray | None:
-        """The control mask as float32 [H, W] in [0, 1]; four numbers are a box (`face.box_mask`)."""
+    def mask(self, value: Any, size: tuple[int, int], name: str = "control_mask") -> np.ndarray | None:
+        """A mask, called `name`, as float32 [H, W] in [0, 1]; four numbers are a box (`face.box_mask`)."""
         if value is None:
             return None
         if np.shape(value) == (4,):
             try:
-                return box_mask((size[1], size[0]), value, "control_mask").astype(np.float32) / np.float32(255)
+                return box_mask((size[1], size[0]), value, name).astype(np.float32) / np.float32(255)
             except FaceError as error:
                 raise PipelineError(str(error)) from error
         given = np.asarray(value.convert("RGB") if isinstance(value, Image.Image) else value)
-        array = _real("control_mask", given.astype(np.uint8) * 255 if given.dtype == bool else given)
+        array = _real(name, given.astype(np.uint8) * 255 if given.dtype == bool else given)
         if array.shape[:2] != size or array.shape[2:] not in ((), (1,), (3,)):
-            raise PipelineError(f"control_mask has shape {array.shape}, the picture is {size}: [height, width], or the same with 1 or 3 channels")
+            raise PipelineError(f"{name} has shape {array.shape}, the picture is {size}: [height, width], or the same with 1 or 3 channels")
         array = array[..., 0] if array.ndim == 3 else array
         whole = given.dtype in (np.uint8, bool) or (given.dtype.kind in "iu" and array.max() > 1)
         array = array / np.float32(255 if whole else 1)
         if array.min() < 0 or array.max() > 1:
-            raise PipelineError(f"control_mask must hold whole numbers from 0 to 255 or numbers from 0.0 to 1.0, not {given.min()} to {given.max()}")
+            raise PipelineError(f"{name} must hold whole numbers from 0 to 255 or numbers from 0.0 to 1.0, not {given.min()} to {given.max()}")
         return array
 
 
@@ -333,9 +406,20 @@ def _solver(config: ModelConfig, name: Any, options: Any, steps: Any) -> tuple[S
         raise PipelineError(str(error)) from error
 
 
+def _start(strength: Any, steps: int) -> int:
+    """How many of the steps are left out; None is none. As in diffusers, int(steps * strength) are made."""
+    if strength is None:
+        return 0
+    made = min(int(steps * check_number("strength", strength, 0, 1)), steps)
+    if made < 1:
+        raise PipelineError(f"strength must be at least {1 / steps:.3g} with {steps} steps, so that one of them is made, not {strength:g}")
+    return steps - made
+
+
 def _windows(name: str, start: Any, end: Any, nets: int) -> list[tuple[float, float]]:
     """(start, end) of each net; the arguments are called `name`_start and `name`_end."""
-    starts, ends = _per_net(f"{name}_start", start, nets, 0, 1), _per_net(f"{name}_end", end, nets, 0, 1)
+    given = {f"{name}_start": start, f"{name}_end": end}
+    starts, ends = ([check_number(key, v, 0, 1) for v in _per_net(key, value, nets)] for key, value in given.items())
     for begin, stop in zip(starts, ends, strict=True):
         if begin >= stop:
             raise PipelineError(f"{name}_start {begin:g} must be smaller than {name}_end {stop:g}")

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from instantid_jax import editing, face_refine
 from instantid_jax.diffusion import PRESETS
 from instantid_jax.face import read_view
+from instantid_jax.published import did_you_mean
 from instantid_jax.request import read_sampler_options
+from instantid_jax.strengths import StrengthError, number_or_text
 
 __all__ = ["NOT_FOR_JOBS", "RUN_OPTIONS", "PresetName", "SampleOptions", "SamplerName", "gathered"]
 
@@ -38,8 +41,13 @@ _SMALL: dict[str, Any] = {
 
 RUN_OPTIONS = ("out", "jobs", "replay", "allow_changed_files", "aot", "distributed", "coordinator", "processes", "process")
 """Options that say where and how, and decide nothing of a picture."""
-NOT_FOR_JOBS = ("people", "view", "blend", "blend_steps", "blend_how", "keep_face_vector")
-"""Options of a single run that shows more than one person in one pose."""
+_EDITING = ("init_image", "strength", "mask_image", "mask_blur", "keep_unmasked", "sample_mode")
+_REFINING = ("refine_face", "refine_strength", "refine_margin", "refine_feather")
+NOT_FOR_JOBS = ("people", "view", "blend", "blend_steps", "blend_how", "compare", "keep_face_vector", *_EDITING, *_REFINING)
+"""Options of a single run: it shows more than one person in one pose, or one in several ways, or changes a picture."""
+COMPARED = ("identitynet_scale", "ip_adapter_scale", "control_start", "control_end", "guidance_scale", "identity_guidance_scale")
+COMPARED += ("guidance_rescale", "negative_identity_noise", "negative_identity_seed")
+"""Options of which `compare` gives other values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +64,7 @@ class SampleOptions:
     blend: tuple[Path, ...] = ()  # Photos of other people, one each: a strip of pictures from the --face person to them.
     blend_steps: int = 5  # How many pictures the strip has.
     blend_how: Literal["linear", "spherical"] = "spherical"  # Straight between the faces' embeddings, or along the arc between them.
+    compare: tuple[str, ...] = ()  # Another value of a strength each, as "ip_adapter_scale=linear(1, 0)"; several make a sheet (docs/strengths.md).
     prompt: str | None = None  # What to make; by default a film photo. {red|blond} draws both: every combination is a picture (docs/pictures.md).
     negative_prompt: str | None = None  # What to avoid. Leaving it out is not the same as an empty text.
     prompt_weighting: bool = False  # Read (word:1.2), [word] and BREAK in prompts, and prompts of any length.
@@ -73,9 +82,15 @@ class SampleOptions:
     guidance_rescale: float = 0.0  # Against over-saturation, 0 to 1.
     guidance_start: float = 0.0  # Fraction of the steps at which guidance begins; before it a step costs half.
     guidance_end: float = 1.0  # Fraction of the steps at which it ends, likewise.
+    identity_guidance_scale: float | None = None  # Guides the identity apart from the text (--guidance-scale); a step costs half as much again.
+    negative_identity_noise: float = 0.0  # What the unconditional half gets as identity: noise this strong instead of zeros; try 0.35.
+    negative_identity_seed: int = 0  # Seed of that noise.
     clip_skip: int = 0  # Text layers to leave out, counted from the last but one.
-    identitynet_scale: float | None = None  # Strength of IdentityNet: keypoints and likeness. By default 0.8 (1.4 with the small model).
-    ip_adapter_scale: float | None = None  # Strength of the image adapter: facial detail; 0.8 (small model: 0.5). Lower it first when colours burn.
+    # Strength of IdentityNet: keypoints and likeness. By default 0.8 (1.4 with the small model). A number or a schedule over steps, layers and
+    # places, as "linear(1, 0.3)", "1 until 0.5 then 0.2", "down=0.8, mid=1" (docs/strengths.md).
+    identitynet_scale: float | str | None = None
+    # Strength of the image adapter: facial detail; 0.8 (small model: 0.5), or a schedule likewise. Lower it first when colours burn.
+    ip_adapter_scale: float | str | None = None
     control_start: float = 0.0  # Fraction of the steps at which IdentityNet (and other ControlNets) begin to act.
     control_end: float = 1.0  # Fraction of the steps at which they stop acting.
     control_interval: int = 1  # Run IdentityNet (and other ControlNets) at every so many steps, and keep what they gave in between.
@@ -83,12 +98,22 @@ class SampleOptions:
     cache_branch_id: int = 0  # How many skip connections, less one, those layers have: more is nearer to exact, and slower.
     control_mask: Path | None = None  # Picture that is white where IdentityNet and the image adapter act, black where they do not.
     enhance_non_face_region: bool = False  # Let them act in the pose's face box alone, so that the prompt has the rest.
+    init_image: Path | None = None  # A picture to change (image to image). It gives the size, and without --pose the pose of the face in it.
+    strength: float | None = None  # How much of it is changed, above 0 to 1; by default 0.8. With --refine-face also 0: only the face is redrawn.
+    mask_image: Path | None = None  # Picture that is white where the --init-image is redrawn; where it is black the pixels stay exactly (inpainting).
+    mask_blur: float = 0.0  # Radius in pixels of a Gaussian blur of that mask, for a soft edge.
+    keep_unmasked: bool = True  # Paste the picture outside the mask back; without it is what the autoencoder makes of it.
+    sample_mode: Literal["sample", "argmax"] = "sample"  # Draw the picture's latents from the autoencoder's distribution, or take its mean.
+    refine_face: bool = False  # Redraw the face in a second pass at the model's own size and paste it back: for faces that are small in the picture.
+    refine_strength: float = face_refine.STRENGTH  # How much of the face is redrawn, above 0 to 1.
+    refine_margin: float = face_refine.MARGIN  # Border around the face's box, in parts of its longer side.
+    refine_feather: float = face_refine.FEATHER  # Soft part of the pasted square's sides, in parts of them, 0 to 0.5.
     lora: tuple[Path, ...] = ()  # LoRA files (kohya, diffusers, PEFT, LoCon, DoRA) for the UNet and the text towers, merged while loading.
     lora_scale: tuple[float, ...] = ()  # One strength for each --lora; 1 by default.
     allow_unknown_lora_keys: bool = False  # Leave out what is not understood in a LoRA file, with a list, instead of refusing it.
     controlnet: tuple[Path, ...] = ()  # Other ControlNets, folders that `python -m convert_weights import --controlnet` wrote.
     control_image: tuple[Path, ...] = ()  # One picture (depth, edges, ...) for each --controlnet.
-    control_scale: tuple[float, ...] = ()  # One strength for each --controlnet; 1 by default.
+    control_scale: tuple[float | str, ...] = ()  # One strength or schedule for each --controlnet; 1 by default.
     height: int | None = None  # Pixels, a multiple of 8; by default from the pose photo, its long side 1280 (64 with the small model).
     width: int | None = None  # Width, likewise; of one alone the other follows from the photo's proportions.
     face_index: int | None = None  # Which face to take, counted from 0 from the left, where a --face photo shows several.
@@ -127,13 +152,20 @@ class SampleOptions:
             if self.sampler in (None, preset["sampler"]):
                 own = (f"{name}={value}" for name, value in preset["sampler_options"].items())
                 options = (*(option for option in own if option not in options), *options)
+        defaults = defaults | ({"strength": editing.STRENGTH} if self.init_image is not None else {})
         given = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         if self.prompt_file is not None:
             given.pop("prompt")
         return dataclasses.replace(self, **given, sampler_option=options)
 
+    @property
+    def only_refined(self) -> bool:
+        """Whether the picture to begin with stays, but for its face."""
+        return self.init_image is not None and self.refine_face and self.strength == 0
+
     def check(self) -> None:
         """Raises ValueError for options that do not go together."""
+        self._check_editing()
         if self.distributed and self.jobs is None:
             raise ValueError("--distributed goes with --jobs, whose pictures the processes share")
         if len(self.control_image) != len(self.controlnet) or len(self.control_scale) not in (0, len(self.controlnet)):
@@ -152,6 +184,9 @@ class SampleOptions:
             raise ValueError("--view is a pose of its own, and goes with one person; leave out --pose, --blend and --enhance-non-face-region")
         if (self.view or self.blend) and not self.face:
             raise ValueError(f"--{'view' if self.view else 'blend'} needs a person to draw; name a photo with --face")
+        if self.compare and (self.view or self.blend or not self.face):
+            raise ValueError("--compare shows one person in one pose: name a photo with --face, and leave out --view and --blend")
+        self.compared()
         if self.blend and not 2 <= self.blend_steps <= 1000:
             raise ValueError(f"--blend-steps must be between 2 and 1000, not {self.blend_steps}")
         for text in self.view:
@@ -173,19 +208,62 @@ class SampleOptions:
         if self.weights is None and self.controlnet:
             raise ValueError("--controlnet needs --weights: the small model has no other ControlNets")
         if self.people is not None:
-            beside = ("face", "pose", "view", "blend", "control_mask", "enhance_non_face_region", "face_index", "pose_face_index")
+            beside = ("face", "pose", "view", "blend", "compare", "control_mask", "enhance_non_face_region", "face_index", "pose_face_index")
             if given := next((name for name in beside if getattr(self, name) not in (None, (), False)), None):
                 raise ValueError(f"--people names faces and places in its file; leave out --{given.replace('_', '-')}")
         elif not self.face and self.weights is not None:
             raise ValueError("no --face given: name a photo of the person")
 
+    def compared(self) -> list[tuple[str, SampleOptions]]:
+        """The option that each text of `compare` names, and the options with its value. Raises ValueError for what is not compared, or no value."""
+        found = []
+        for text in self.compare:
+            name, equals, value = (part.strip() for part in text.partition("="))
+            name = name.removeprefix("--").replace("-", "_")
+            if not equals or name not in COMPARED:
+                raise ValueError(f"--compare takes name=value of {', '.join(COMPARED)}, not {text!r}{did_you_mean(name, COMPARED)}")
+            kinds = {"negative_identity_seed": int, "identitynet_scale": number_or_text, "ip_adapter_scale": number_or_text}
+            try:
+                given = kinds.get(name, float)(value)
+            except ValueError as error:
+                what = error if isinstance(error, StrengthError) else f"{value!r} is no number"
+                raise ValueError(f"--compare {text!r}: {what}") from None
+            found.append((name, dataclasses.replace(self, **{name: given}, compare=())))
+        return found
+
+    def _check_editing(self) -> None:
+        if self.init_image is None:
+            beside = [name for name in _EDITING if getattr(self, name) != getattr(SampleOptions, name)]
+            if beside:
+                raise ValueError(f"--{beside[0].replace('_', '-')} goes with --init-image, the picture that it changes")
+        if (self.mask_blur or not self.keep_unmasked) and self.mask_image is None:
+            raise ValueError(f"--{'mask-blur' if self.mask_blur else 'no-keep-unmasked'} goes with --mask-image")
+        beside = [name for name in _REFINING[1:] if getattr(self, name) != getattr(SampleOptions, name)]
+        if beside and not self.refine_face:
+            raise ValueError(f"--{beside[0].replace('_', '-')} goes with --refine-face")
+        named = "--init-image" if self.init_image is not None else "--refine-face" if self.refine_face else None
+        if named is None:
+            return
+        if self.jobs is not None:
+            raise ValueError(f"{named} is not for --jobs; run sample.py once for each picture")
+        if self.is_demo:
+            raise ValueError(f"{named} needs a person to draw; name a photo with --face")
+        if self.only_refined and (self.mask_image is not None or self.view or self.blend):
+            given = "mask-image" if self.mask_image is not None else "view" if self.view else "blend"
+            raise ValueError(f"--{given} has no meaning at --strength 0, where nothing but the face is redrawn")
+        for name, high in (("refine_margin", 4.0), ("refine_feather", 0.5), ("refine_strength", 1.0)):
+            if not 0 <= getattr(self, name) <= high:
+                raise ValueError(f"--{name.replace('_', '-')} must be between 0 and {high:g}, not {getattr(self, name):g}")
+
     def call(self) -> dict[str, Any]:
         """Arguments of `InstantIDPipeline.__call__`, of options that `filled` gave; pictures and embedding are missing."""
         same = ("prompt", "negative_prompt", "prompt_weighting", "seed", "sampler", "clip_skip", "guidance_scale", "guidance_rescale")
-        same += ("guidance_start", "guidance_end", "control_interval", "cache_interval", "cache_branch_id", "vae_tiling", "vae_tile_size")
+        same += ("guidance_start", "guidance_end", "identity_guidance_scale", "negative_identity_noise", "negative_identity_seed")
+        same += ("control_interval", "cache_interval", "cache_branch_id", "vae_tiling", "vae_tile_size")
         return {name: getattr(self, name) for name in (*same, "ip_adapter_scale", "height", "width")} | {
             "num_images_per_prompt": self.num_images,
             "num_inference_steps": self.steps,
+            "strength": None if self.only_refined else self.strength,
             "sampler_options": read_sampler_options(self.sampler_option),
             "control_guidance_start": self.control_start,
             "control_guidance_end": self.control_end,

@@ -24,7 +24,8 @@ from instantid_jax.sample_options import RUN_OPTIONS, SampleOptions
 
 __all__ = ["conditions_of", "face_facts", "group_conditions", "inputs_of", "model_config", "open_pipeline", "read_people", "settings_of"]
 
-ELSEWHERE = ("num_images", "style_file", "wildcards", "prompt_file", "people", "face", "blend", "pose", "control_image", "control_mask", *RUN_OPTIONS)
+ELSEWHERE = ("num_images", "style_file", "wildcards", "prompt_file", "people", "face", "blend", "pose", "control_image", "control_mask")
+ELSEWHERE += ("init_image", "mask_image", *RUN_OPTIONS)
 """Options that are not stored as settings: names and hashes of the files tell them."""
 
 
@@ -63,6 +64,8 @@ def face_facts(identity: Identity) -> dict[str, Any]:
 def conditions_of(s: SampleOptions, keypoint_scale: float, pose: Identity, drawn: Image.Image | None = None) -> dict[str, Any]:
     """The pictures that go into the call: keypoints (the pose's, or those that are `drawn`), those of other ControlNets, and the mask."""
     long_side, frame = (64, framed) if s.weights is None else (1280, None)
+    if s.init_image is not None and s.pose is None:
+        frame = None  # the pose is where it is in the picture
     keypoints = drawn or keypoint_picture(pose, s.width, s.height, long_side, keypoint_scale, frame)
     mask = None if s.control_mask is None else read_mask(s.control_mask, keypoints.size)
     if s.enhance_non_face_region:
@@ -72,7 +75,7 @@ def conditions_of(s: SampleOptions, keypoint_scale: float, pose: Identity, drawn
 
 def read_people(s: SampleOptions) -> PeopleFile | None:
     """The people file, where one is named. Raises `PhotoError` for any file of the options or of the people file that is not there."""
-    check_files([*s.face, *s.blend, *s.control_image, *filter(None, (s.pose, s.control_mask, s.people))])
+    check_files([*s.face, *s.blend, *s.control_image, *filter(None, (s.pose, s.control_mask, s.people, s.init_image, s.mask_image))])
     listed = None if s.people is None else read_people_file(s.people)
     check_files([] if listed is None else listed.files)
     return listed
@@ -88,6 +91,7 @@ def group_conditions(s: SampleOptions, config: ModelConfig, listed: PeopleFile, 
 
 def inputs_of(s: SampleOptions, listed: PeopleFile | None = None) -> dict[str, Sequence[Path]]:
     """The files that go in, by what they are."""
+    initial: dict[str, Sequence[Path]] = {"init": (s.init_image,) if s.init_image else (), "redrawn": (s.mask_image,) if s.mask_image else ()}
     if listed is not None:
         poses = [listed.pose, *(person.pose for person in listed.people)]
         return {
@@ -96,11 +100,11 @@ def inputs_of(s: SampleOptions, listed: PeopleFile | None = None) -> dict[str, S
             "pose": [path for path in poses if path],
             "control": s.control_image,
             "mask": [person.mask for person in listed.people if person.mask],
-        }
+        } | initial
     return {
         "face": s.face,
         "blend": s.blend,
         "pose": (s.pose,) if s.pose else (),
         "control": s.control_image,
         "mask": (s.control_mask,) if s.control_mask else (),
-    }
+    } | initial

@@ -22,12 +22,14 @@ def test_combinations_and_styles_are_rows_and_columns():
 
 def test_a_file_of_prompts(tmp_path):
     path = tmp_path / "p.csv"
-    path.write_text('\ufeffprompt,negative_prompt,seed,style,ip_adapter_scale\n"a, {b|c}",,7,,0.3\n\n"d\ne",f,,Photo,\n', encoding="utf-8")
+    path.write_text(
+        '\ufeffprompt,negative_prompt,seed,style,ip_adapter_scale\n"a, {b|c}",,7,,0.3\n\n"d\ne",f,,Photo,"linear(1, 0)"\n', encoding="utf-8"
+    )
     found = prompts_of(SampleOptions(prompt_file=path, seed=5, negative_prompt="n", style=("Pixel art",)).filled()).asked
     assert [(one.options.prompt, one.options.negative_prompt, one.options.seed, one.options.ip_adapter_scale) for one in found] == [
         ("pixel art of a, b", "n", 7, 0.3),
         ("pixel art of a, c", "n", 7, 0.3),
-        ("photo of d\ne", "f", 5, 0.5),
+        ("photo of d\ne", "f", 5, "linear(1, 0)"),
     ]
 
 
@@ -42,6 +44,7 @@ def test_a_file_of_prompts(tmp_path):
         ("prompt,seed\nx,1\ny,two", "line 3, column seed: must be a whole number from 0 to 4294967295, not 'two'"),
         ('prompt,seed\n"x\ny",1\ny,-1', "line 4, column seed: must be a whole number"),
         ("prompt,guidance_scale\nx,nan", "line 2, column guidance_scale: must be a number, not 'nan'"),
+        ("prompt,ip_adapter_scale\nx,linear(1 0)", "line 2, column ip_adapter_scale: 'linear(1 0)': ',' is needed (at '0', character 10)"),
         ("prompt,style\nx,Watercolour", "line 2, column style: there is no style 'Watercolour'; did you mean 'Watercolor'"),
         ("prompt,seed\n,1", "line 2, column prompt: must be a text, not ''"),
         ("prompt\nx, y", "line 2: has 2 cells for 1 columns; texts with commas go into quotes"),

@@ -131,8 +131,12 @@ class Sampler(abc.ABC):
 
     def add_noise(self, sample: jax.Array, noise: jax.Array, plan: Plan) -> jax.Array:
         """A clean `sample` with unit normal `noise` at the level where `plan` starts; `init` takes it as it is."""
-        noisy = parameterization.add_noise(sample, noise, plan.rows["alpha"][0], plan.rows["sigma"][0])
-        return self._unscaled(noisy, plan).astype(sample.dtype)
+        return self.noised(sample, noise, {name: column[0] for name, column in plan.rows.items()})
+
+    def noised(self, sample: jax.Array, noise: jax.Array, row: Row) -> jax.Array:
+        """The same at the level of a row: what a state's sample is there if the network sees nothing but `sample`."""
+        noisy = parameterization.add_noise(sample, noise, row["alpha"], row["sigma"])
+        return self._unscaled(noisy, row).astype(sample.dtype)
 
     @abc.abstractmethod
     def init(self, sample: jax.Array) -> State:
@@ -154,5 +158,5 @@ class Sampler(abc.ABC):
     def _scaled(self, sample: jax.Array, row: Row) -> jax.Array:
         return sample
 
-    def _unscaled(self, noisy: jax.Array, plan: Plan) -> jax.Array:
+    def _unscaled(self, noisy: jax.Array, row: Row) -> jax.Array:
         return noisy

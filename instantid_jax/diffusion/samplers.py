@@ -36,7 +36,7 @@ import numpy as np
 
 from instantid_jax.config import SchedulerConfig
 from instantid_jax.diffusion.multistep import DPMpp2M, UniPC
-from instantid_jax.diffusion.plan import Plan, Row, Rows, Sampler
+from instantid_jax.diffusion.plan import Row, Rows, Sampler
 from instantid_jax.diffusion.schedule import SamplerError, alphas_cumprod, karras_levels, levels_at, noise_levels, spaced_timesteps, vp
 from instantid_jax.published import did_you_mean
 
@@ -68,8 +68,8 @@ class _Exploding(Sampler):
     def _scaled(self, sample: jax.Array, row: Row) -> jax.Array:
         return sample * row["alpha"]
 
-    def _unscaled(self, noisy: jax.Array, plan: Plan) -> jax.Array:
-        return noisy / plan.rows["alpha"][0]
+    def _unscaled(self, noisy: jax.Array, row: Row) -> jax.Array:
+        return noisy / row["alpha"]
 
 
 @dataclasses.dataclass(frozen=True)

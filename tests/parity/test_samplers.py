@@ -61,8 +61,10 @@ def oracle(name: str, config: SchedulerConfig, **extra):
     return cls.from_config(base.config, **{"set_alpha_to_one": config.set_alpha_to_one, "clip_sample": False} | options | extra)
 
 
-def reference(scheduler, steps: int, monkeypatch, start: int = 0, eta: float = 0.0, sample: np.ndarray | None = None) -> np.ndarray:
-    """All samples of diffusers' run, the first included: [calls + 1, *SHAPE]."""
+def reference(
+    scheduler, steps: int, monkeypatch, start: int = 0, eta: float = 0.0, sample: np.ndarray | None = None, mask: np.ndarray | None = None
+) -> np.ndarray:
+    """All samples of diffusers' run, the first included: [calls + 1, *SHAPE]. With a mask as its inpainting pipelines for 4-channel UNets."""
     scheduler.set_timesteps(steps)
     first = start * scheduler.order
     scheduler.set_begin_index(first) if hasattr(scheduler, "set_begin_index") else None
@@ -74,9 +76,14 @@ def reference(scheduler, steps: int, monkeypatch, start: int = 0, eta: float = 0
     if sample is not None:
         x = scheduler.add_noise(x, torch.from_numpy(draws(1)[0]), times[:1])
     trajectory = [x]
-    for t in times:
+    for i, t in enumerate(times):
         output = network(scheduler.scale_model_input(x, t), t, torch)
         x = scheduler.step(output, t, x, **({"eta": eta} if eta else {})).prev_sample
+        if mask is not None:
+            kept = torch.from_numpy(sample)
+            if i < len(times) - 1:
+                kept = scheduler.add_noise(kept, torch.from_numpy(draws(1)[0]), times[i + 1 : i + 2])
+            x = (1 - torch.from_numpy(mask)) * kept + torch.from_numpy(mask) * x
         trajectory.append(x)
     return torch.stack(trajectory).numpy()
 
@@ -242,6 +249,27 @@ def test_image_to_image(name, monkeypatch):
     for steps, start in ((9, 5), (20, 15)):
         expected = reference(oracle(name, config), steps, monkeypatch, start=start, sample=sample)
         assert error(ours(make_sampler(name, config), steps, start, sample), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_inpainting(name, monkeypatch):
+    """Outside a mask the picture at the noise level reached takes the sample's place after each call."""
+    config, sample, mask = SchedulerConfig(), draws(3)[2], (draws(4)[3] > 0).astype(np.float32)
+    for steps, start in ((5, 2), (9, 3)):
+        expected = reference(oracle(name, config), steps, monkeypatch, start=start, sample=sample, mask=mask)
+        sampler = make_sampler(name, config)
+        plan = sampler.plan(steps, start)
+        noise = draws(1 + plan.num_calls)
+        state = sampler.init(sampler.add_noise(jnp.asarray(sample), noise[0], plan))
+        found = [state.sample]
+        for i in range(plan.num_calls):
+            row, following = ({key: column[j] for key, column in plan.rows.items()} for j in (i, min(i + 1, plan.num_calls - 1)))
+            output = network(sampler.model_input(state, row), row["timestep"], jnp)
+            state = sampler.step(state, output, row, jnp.asarray(noise[1 + i]) if plan.needs_noise else None)
+            kept = sampler.noised(jnp.asarray(sample), noise[0], following) if i + 1 < plan.num_calls else sample
+            state = state._replace(sample=(1 - mask) * kept + mask * state.sample)
+            found.append(state.sample)
+        assert error(np.stack(found), expected) <= TOLERANCE
 
 
 def test_lcm_with_another_solver(monkeypatch):
