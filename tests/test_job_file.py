@@ -37,8 +37,8 @@ def test_people_prompts_and_seeds(tmp_path):
 def test_every_option_of_a_picture_is_a_field():
     loras = {"lora", "lora_scale", "allow_unknown_lora_keys"}
     assert set(COMMON) == {"weights", "weights_dtype", *loras, "controlnet", "analyzer", "analyzer_root", "dtype"}
-    assert {*RUN_OPTIONS} == {"out", "jobs", "aot", "distributed", "coordinator", "processes", "process"}
-    assert set(NOT_FOR_JOBS) == {"people", "view", "blend", "blend_steps", "blend_how"}
+    assert {*RUN_OPTIONS} == {"out", "jobs", "replay", "allow_changed_files", "aot", "distributed", "coordinator", "processes", "process"}
+    assert set(NOT_FOR_JOBS) == {"people", "view", "blend", "blend_steps", "blend_how", "keep_face_vector"}
 
 
 @pytest.mark.parametrize(
