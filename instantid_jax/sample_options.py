@@ -33,7 +33,7 @@ _SMALL: dict[str, Any] = {
     "prompt": "photo of a person with short brown hair, smiling, blue background",
     "steps": 20,
     "sampler": "euler",
-    "guidance_scale": 3.0,
+    "guidance_scale": 2.0,
     "identitynet_scale": 1.4,
     "ip_adapter_scale": 0.5,
 }

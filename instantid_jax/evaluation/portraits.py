@@ -61,7 +61,7 @@ class Settings:
     """Denoising steps."""
     sampler: str = "euler"
     """As in sample.py."""
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.0
     """Classifier-free guidance."""
     identitynet_scale: float = 1.4
     """Full strength of IdentityNet."""
