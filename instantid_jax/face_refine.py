@@ -130,8 +130,9 @@ def refine_people(
 ) -> list[Refined | FaceError]:
     """`refine_face` for each person of a picture whose regions are known; the last `Refined` has the picture with all of them.
 
-    A region that is an array of another size than the picture's is resized. A face is the person's in whose region the centre of its box lies (of overlapping ones that with the larger weight); of several
-    faces of one person the largest counts. For a person whose face is not found or large enough there is the error that says so.
+    A region that is an array of another size than the picture's is resized. A face is the person's in whose region the centre of its box
+    lies (of overlapping ones that with the larger weight); of several faces of one person the largest counts. For a person whose face
+    is not found, or large enough already, there is the error that says so.
     """
     picture = _rgb(picture)
     request = check_call(pipe.config, prompt=prompt)
