@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -21,31 +22,37 @@ from jax.errors import JaxRuntimeError
 
 from convert_weights.lora import read_loras
 from instantid_jax.config import ComputeConfig, sdxl
-from instantid_jax.demo import count_people, draw_people, save_sheet
+from instantid_jax.demo import count_people, demo_prompts, demo_settings, draw_people, save_sheet
 from instantid_jax.face import FaceError, load_analyzer
 from instantid_jax.jobs import run_jobs
 from instantid_jax.options import OptionError, check_folder, status_of, wrong_options
-from instantid_jax.output import save_run
+from instantid_jax.output import place_in_batch, run_settings, save_run
 from instantid_jax.parallel.distributed import leave
-from instantid_jax.pipeline import check_call, read_config
+from instantid_jax.pipeline import read_config
 from instantid_jax.progress import CompileSeconds, StepBar
-from instantid_jax.references import photos_table, read_identity
+from instantid_jax.prompts import prompts_of
+from instantid_jax.references import check_files, photos_table, read_identity
+from instantid_jax.replay import Replay
 from instantid_jax.request import in_options
 from instantid_jax.running import keep_compiled
-from instantid_jax.sample_edits import count_calls, initial_of, on_initial_canvas, refined, unchanged
+from instantid_jax.sample_edits import calls_of_run, drawn, initial_of, on_initial_canvas
 from instantid_jax.sample_options import SampleOptions, gathered
-from instantid_jax.sampling import conditions_of, group_conditions, inputs_of, model_config, open_pipeline, read_people, settings_of
-from instantid_jax.variants import draw_variants, save_variants, variants_of
+from instantid_jax.sampling import conditions_of, face_facts, group_conditions, inputs_of, model_config, open_pipeline, read_people, settings_of
+from instantid_jax.variants import compared_variants, draw_variants, prompt_variants, save_variants, variants_of
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = tyro.cli(SampleOptions, args=gathered(arguments), description=__doc__)
+    given = gathered(arguments)
+    options = tyro.cli(SampleOptions, args=given, description=__doc__)
     keep_compiled()
     warnings.showwarning = lambda message, *_: print(f"sample.py: {in_options(str(message))}", file=sys.stderr)
     try:
         if options.aot is not None:
             print(_plan_table(options))
+            return 0
+        if options.replay is not None:
+            print("\n".join(map(str, run_again(options.replay, given))), flush=True)
             return 0
         if options.jobs is not None:
             return run_jobs(options)
@@ -65,29 +72,53 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(given: SampleOptions) -> list[Path]:
+def run_again(path: Path, arguments: list[str]) -> list[Path]:
+    """The picture of a file, from its settings; options among the `arguments` count first."""
+    replay = Replay(path)
+    options = tyro.cli(SampleOptions, args=arguments, default=replay.base)
+    with wrong_options():
+        if options.jobs is not None:
+            raise ValueError("--replay makes one picture again; leave out --jobs")
+    with tempfile.TemporaryDirectory() as scratch:
+        options = replay.options(options, Path(scratch))
+        print("\n".join([f"again: {path}", *replay.told]))
+        return run(options, replay)
+
+
+def run(given: SampleOptions, replay: Replay | None = None) -> list[Path]:
     """Photo to pictures: first everything that can be checked or fails quickly, then the weights. One clear sentence for what is wrong."""
     with wrong_options():
         given.check()
         s = given.filled()
-        call = s.call()
+        check_files([*s.style_file, *filter(None, (s.prompt_file,))])
+        asked, columns = prompts_of(s)
+        again = replay if replay and replay.single and len(asked) == 1 else None
+        s = again.batch(asked[0].options) if again else asked[0].options
+        variants = prompt_variants(asked)
+        if len(asked) > 1 and (one := next((name for name in ("view", "blend", "compare") if getattr(s, name)), None)):
+            raise ValueError(f"--{one} goes with one prompt, not {len(asked)}")
+        prompts = []
+        if s.is_demo:
+            told = (given.prompt, given.style, given.prompt_file) != (None, (), None)
+            prompts = again.prompts(s) if again and again.person else demo_prompts(asked if told else None, s.negative_prompt)
     listed = read_people(s)
     if s.is_demo and s.control_mask is not None:
         raise OptionError("--control-mask has no meaning for the people who come along; name a photo with --face")
     check_folder(s.out)
     s = on_initial_canvas(s)
-    call = s.call() | initial_of(s)
-    config = model_config(s)
+    call, config = s.call(), model_config(s)
     loras = read_loras(s.lora, config, s.allow_unknown_lora_keys)
     with wrong_options():
-        request = check_call(config, nets=1 + len(s.controlnet), **s.call())
+        variants = variants or compared_variants(s, config)
+        calls = calls_of_run(s, config, [call, *(call | variant.change for variant in variants)], listed)
+    call |= initial_of(s)
     analyzer = functools.cache(lambda: load_analyzer(s.analyzer or config.face_analyzer, s.analyzer_root))
     try:
         place = s.pose or (s.init_image if listed is None else None)
         pose = read_identity((place,), analyzer, face_index=s.pose_face_index) if place else None
     except FaceError as error:
         raise ValueError(str(error).replace("--face-index", "--pose-face-index")) from error
-    keypoints, variants = None, []
+    keypoints, identity = None, None
     if listed is not None:
         conditions, keypoints = group_conditions(s, config, listed, analyzer)
         call |= conditions
@@ -96,28 +127,36 @@ def run(given: SampleOptions) -> list[Path]:
     else:
         identity = read_identity(s.face, analyzer, config.resampler.embedding_dim, s.face_index, s.face_combine, s.face_weight or None)
         print(photos_table(identity), end="\n" if len(identity.reports) > 1 else "")
-        variants = variants_of(s, config, identity, analyzer)
-        drawn = variants[0].change.get("image") if variants else None
-        call |= conditions_of(s, config.keypoint_scale, pose or identity, drawn) | {"image_embeds": identity.embedding}
+        variants = variants or variants_of(s, config, identity, analyzer)
+        if again and again.variant is not None:
+            variants = [variant for variant in variants if variant.label == again.variant][:1]
+        view = variants[0].change.get("image") if variants else None
+        call |= conditions_of(s, config.keypoint_scale, pose or identity, view) | {"image_embeds": identity.embedding}
         keypoints = call["image"][0]
     pipe = open_pipeline(s, loras)
-    settings = settings_of(s, loras=loras)
+    settings = settings_of(s, loras) | (face_facts(identity) if identity is not None and s.keep_face_vector else {})
     began = time.perf_counter()
-    with StepBar(count_calls(s, config, request, count_people() if s.is_demo else len(variants) or 1)) as bar, CompileSeconds() as compiling:
+    runs = (1 if again else count_people()) if keypoints is None else len(variants) or 1
+    with StepBar(calls * runs) as bar, CompileSeconds() as compiling:
+        draw = functools.partial(drawn, pipe, s, analyzer, bar.on_step)
         if keypoints is None:
-            sheet = draw_people(pipe, analyzer(), call | {"prompt": given.prompt}, pose, bar.on_step)
-            count, save = len(sheet.rows) * len(sheet.prompts), functools.partial(save_sheet, s.out, sheet, settings)
+            sheet = draw_people(pipe, analyzer(), call, prompts, pose, bar.on_step, again.person if again else None)
+            pictures, save = [image for row in sheet.rows for image in row[3]], functools.partial(save_sheet, s.out, sheet, settings)
+            told = demo_settings(sheet, sheet.rows[0][0], again.index, settings) if again else {}
         elif variants:
-            rows = draw_variants(pipe, call, variants, bar.on_step)
-            if s.refine_face:
-                rows = [refined(pipe, s, call | v.change, row, analyzer(), bar.on_step) for v, row in zip(variants, rows, strict=True)]
-            count, save = sum(map(len, rows)), functools.partial(save_variants, s.out, variants, rows, inputs_of(s), settings)
+            rows = draw_variants(draw, call, variants)
+            pictures, told = [picture for row in rows for picture in row], variants[0].told
+            across = columns if len(asked) > 1 else None
+            save = functools.partial(save_variants, s.out, variants, rows, inputs_of(s, listed), settings, across)
         else:
-            images = unchanged(s) or pipe(**call, on_step=bar.on_step).images
-            images = refined(pipe, s, call, images, analyzer(), bar.on_step) if s.refine_face else images
-            count, save = len(images), functools.partial(save_run, s.out, images, keypoints, inputs_of(s, listed), settings)
+            pictures, told = draw(call), {}
+            save = functools.partial(save_run, s.out, pictures, keypoints, inputs_of(s, listed), settings)
+        if again:
+            place = {} if keypoints is None else place_in_batch(s.seed, again.index, len(pictures))
+            own = run_settings(pictures[0].size, inputs_of(s, listed), settings | told) | place
+            save = functools.partial(again.save, s.out, pictures[again.index], own)
         seconds = time.perf_counter() - began
-    print(f"compiled in {compiling.total:.1f} s, made {count} picture(s) in {seconds - compiling.total:.1f} s")
+    print(f"compiled in {compiling.total:.1f} s, made {len(pictures)} picture(s) in {seconds - compiling.total:.1f} s")
     return save()
 
 

@@ -27,7 +27,6 @@ from instantid_jax.config import ComputeConfig, sdxl
 from instantid_jax.defaults import PROMPTS, default_pipeline
 from instantid_jax.demo import draw_people
 from instantid_jax.denoise import Conditions, Denoiser
-from instantid_jax.diffusion import control_window
 from instantid_jax.face import load_analyzer
 from instantid_jax.models import build_networks
 from instantid_jax.models.encoder import AddedConditions
@@ -56,6 +55,7 @@ LINES = (
     Line("guidance in the first 80 %", {"guidance_end": 0.8}),
     Line("guidance from 20 % to 80 %", {"guidance_start": 0.2, "guidance_end": 0.8}),
     Line("guidance in the first half", {"guidance_end": 0.5}),
+    Line("identity guided apart from the text", {"identity_guidance_scale": 1.5}),
     Line("cache interval 2, branch 0", {"cache_interval": 2}),
     Line("cache interval 3, branch 0", {"cache_interval": 3}),
     Line("cache interval 2, branch 2", {"cache_interval": 2, "cache_branch_id": 2}),
@@ -97,22 +97,23 @@ def count(line: Line) -> float:
     settings = {name: value for name, value in (CALL | line.settings).items() if name != "prompt"}
     request = check_call(config, prompt="x", **settings)
     networks = build_networks(config, ComputeConfig(attention="xla"))
-    unet, width, calls = config.unet, config.unet.cross_attention_dim, request.plan.num_calls
-    window = control_window(calls, *request.windows[0])[:, None]
+    unet, width = config.unet, config.unet.cross_attention_dim
+    control, adapter = request.strengths(1.0)
+    rows, guidance = request.branches, np.asarray(request.guidance_scale, np.float32)
     conditions = Conditions(
-        text=of((2, 77, width), np.float32),
+        text=of((rows, 77, width), np.float32),
         text_mask=None,
-        added=AddedConditions(of((2, unet.pooled_dim), np.float32), of((2, 6), np.float32)),
-        identity_tokens=of((2, config.resampler.num_queries, width), np.float32),
+        added=AddedConditions(of((rows, unet.pooled_dim), np.float32), of((rows, 6), np.float32)),
+        identity_tokens=of((rows, config.resampler.num_queries, width), np.float32),
         images=(of((1, SIDE, SIDE, 3), np.float32),),
-        control_scales=window,
-        adapter_scale=np.ones(calls, np.float32),
+        control_scales=control,
+        adapter_scale=adapter,
         control_mask=None,
     )
     names = ("unet", "adapter", "identitynet")
     parameters = {name: networks[name].abstract for name in names} | {"controlnets": ()}
     noise = of((1, SIDE // 8, SIDE // 8, unet.in_channels), np.float32)
-    dynamic = parameters, conditions, noise, np.zeros(1, np.uint32), request.plan, np.float32(5), np.float32(0)
+    dynamic = parameters, conditions, noise, np.zeros(1, np.uint32), request.plan, guidance if rows > 2 else guidance[0], np.float32(0)
     return operations(Denoiser(*(networks[name] for name in names)), request.solver, request.guided, dynamic, request.shortcuts, request.pace())
 
 

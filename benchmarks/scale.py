@@ -78,6 +78,8 @@ def table(results: dict[str, Any]) -> list[str]:
         cells += [f"{temporary:.2f}" if whole else "-", f"{r['flops'] / 1e12:.2f}" if whole else "-"]
         cells += [f"{r['flops'] / r['flops_minimum']:.3f}" if whole else "-"]
         cells += [f"{r['estimated_cycles'] / 1e6:.0f} + {r['kernel_cycles_at_half_peak'] / 1e6:.0f}" if whole else "-"]
+        if r.get("collective_minimum_bytes"):
+            moved += f"; {sum(r['collective_bytes'].values()) / r['collective_minimum_bytes']:.2f} x the least"
         cells += [moved, r["bound_by"] if whole else "-", f"{r['compile_seconds']:.0f} ({r['compile_cpu_seconds']:.0f})"]
         rows.append("| " + " | ".join(cells) + " |")
     rows += ["", "Commands:", ""]

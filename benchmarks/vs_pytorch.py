@@ -289,8 +289,11 @@ def torch_picture(repeats: int) -> Result:
 # --- ours ------------------------------------------------------------------------------------------------------------------
 
 
-def jax_step(config: Any, size: int, repeats: int) -> Result:
-    """One guided step; keys and values of text and identity, and features of the keypoint picture, are there already."""
+def jax_step_program(config: Any, size: int, batch: int = 2, parameters: Any = None) -> tuple[Any, Any, float]:
+    """A compiled step of IdentityNet and UNet for `batch` rows, its arguments, and the seconds it took to compile.
+
+    Keys and values of text and identity, and features of the keypoint picture, are arguments: they are made once a picture.
+    """
     import jax
     import jax.numpy as jnp
     from true_shapes import stacked_weights
@@ -300,8 +303,8 @@ def jax_step(config: Any, size: int, repeats: int) -> Result:
 
     networks = build_networks(config)
     names = ("unet", "identitynet", "adapter")
-    parameters = {name: stacked_weights(networks[name]) for name in names}
-    x = jax.tree.map(jnp.asarray, inputs(config, size))
+    parameters = {name: stacked_weights(networks[name]) for name in names} if parameters is None else dict(parameters)
+    x = jax.tree.map(lambda a: jnp.asarray(np.resize(a, (batch, *a.shape[1:]))), inputs(config, size))
 
     @jax.jit
     def prepare(parameters: Any, x: Any) -> Any:
@@ -320,8 +323,15 @@ def jax_step(config: Any, size: int, repeats: int) -> Result:
 
     started = time.perf_counter()
     compiled = jax.jit(step).lower(parameters, x, fixed).compile()
-    took = time.perf_counter() - started
-    seconds, result = clock(lambda: jax.block_until_ready(compiled(parameters, x, fixed)), repeats)
+    return compiled, (parameters, x, fixed), time.perf_counter() - started
+
+
+def jax_step(config: Any, size: int, repeats: int) -> Result:
+    """One guided step."""
+    import jax
+
+    compiled, arguments, took = jax_step_program(config, size)
+    seconds, result = clock(lambda: jax.block_until_ready(compiled(*arguments)), repeats)
     return {"seconds": seconds, "compile": took, "output": np.asarray(result)}
 
 

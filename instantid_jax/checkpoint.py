@@ -11,7 +11,10 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,11 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["WeightsError", "has_weights", "load_weights", "quiet_orbax", "save_weights"]
+__all__ = ["WeightsError", "has_weights", "load_weights", "quiet_orbax", "save_weights", "stored_networks"]
 
 SINGLE_FILE = "weights.safetensors"
 _METADATA = "_CHECKPOINT_METADATA"
+_READERS, _READ_BLOCK = 8, 8 << 20
 
 
 class WeightsError(ValueError):
@@ -62,7 +66,9 @@ def load_weights(directory: str | Path, dtype: str | None = None, shardings: Map
     """Reads what `save_weights` wrote: ``{path: array}``.
 
     Floating-point arrays are cast to `dtype` one by one as they are read. With `shardings`, one for every path, each
-    process reads its own parts straight onto its devices; otherwise the arrays are NumPy's.
+    process reads its own parts straight onto its devices; otherwise the arrays are NumPy's, and those that need no cast lie in the
+    mapped files: they are read-only, and read when they are used. Files that `save_weights` did not write whole (by several processes) go
+    through Orbax.
     Raises `WeightsError` for a directory that is absent, damaged or incomplete.
     """
     directory = Path(directory).absolute()
@@ -78,13 +84,62 @@ def load_weights(directory: str | Path, dtype: str | None = None, shardings: Map
             if homeless:
                 raise WeightsError(f"{directory}: no sharding is given for {homeless[0]!r} and {len(homeless) - 1} others")
             wanted = {path: _abstract(leaf, dtype, None if shardings is None else shardings[path]) for path, leaf in described.items()}
-            arrays = ocp.load(str(directory), wanted)
+            maps = _mapped(directory, described)
+            if maps is not None and all(place.is_fully_addressable for place in (shardings or {}).values()):
+                _read_ahead([Path(x.filename) for x in maps.values()])
+            arrays = ocp.load(str(directory), wanted) if maps is None else {path: _as_wanted(maps[path], like) for path, like in wanted.items()}
     except WeightsError:
         raise
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as problem:
         first = str(problem).strip().splitlines() or [type(problem).__name__]
         raise WeightsError(f"{directory}: the weights are damaged or incomplete ({first[0][:300]}); convert or copy them again") from problem
     return dict(arrays)
+
+
+def _mapped(directory: Path, paths: Iterable[str]) -> dict[str, np.memmap] | None:
+    """Every array where it lies in its file; None where one is not a single uncompressed block."""
+    maps = {}
+    for path in paths:
+        folder = directory / "state" / path
+        content = json.loads((folder / "zarr.json").read_bytes())
+        shape, codecs, start = content["shape"], content["codecs"], 0
+        file = folder.joinpath("c", *["0"] * len(shape))
+        if content["chunk_grid"]["configuration"]["chunk_shape"] != shape or not file.is_file():
+            return None
+        if codecs[0]["name"] == "sharding_indexed":  # a file of one block, with its place in the last 20 bytes
+            inner = codecs[0]["configuration"]
+            if inner["chunk_shape"] != shape or inner.get("index_location", "end") != "end":
+                return None
+            codecs = inner["codecs"]
+            with file.open("rb") as handle:
+                handle.seek(-20, os.SEEK_END)
+                start, _ = struct.unpack("<QQ", handle.read(16))
+        if [(codec["name"], codec.get("configuration", {}).get("endian", "little")) for codec in codecs] != [("bytes", "little")]:
+            return None
+        maps[path] = np.memmap(file, np.dtype(content["data_type"]), "r", start, tuple(shape))
+    return maps
+
+
+def _read_ahead(files: Iterable[Path]) -> None:
+    """Brings files into the page cache, several at a time and in large blocks: touching mapped pages one after the other takes several times as
+    long."""
+
+    def read(file: Path) -> None:
+        with file.open("rb", buffering=0) as handle:
+            buffer = bytearray(min(_READ_BLOCK, file.stat().st_size))
+            while handle.readinto(buffer):
+                pass
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for _ in pool.map(read, files):
+            pass
+
+
+def _as_wanted(array: np.ndarray, like: Any) -> Any:
+    """A mapped array in the type and place of `like`."""
+    if isinstance(like, jax.ShapeDtypeStruct):
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda part: np.asarray(array[part]).astype(like.dtype, copy=False))
+    return array.astype(like.dtype) if array.dtype != like.dtype else array.view(np.ndarray)
 
 
 def has_weights(directory: str | Path) -> bool:
@@ -97,6 +152,15 @@ def has_weights(directory: str | Path) -> bool:
         return False
     with _opened(file) as names:
         return any(name.startswith(f"{directory.name}/") for name in names.keys())  # noqa: SIM118 (no mapping)
+
+
+def stored_networks(folder: str | Path) -> list[str]:
+    """Names of the networks whose weights are in a folder, sorted: those of its single file, or its checkpoints."""
+    folder = Path(folder)
+    if (folder / SINGLE_FILE).is_file():
+        with _opened(folder / SINGLE_FILE) as names:
+            return sorted({name.split("/")[0] for name in names.keys()})  # noqa: SIM118 (no mapping)
+    return sorted(found.parent.name for found in folder.glob(f"*/{_METADATA}"))
 
 
 def _load_single(file: Path, network: str, dtype: str | None, shardings: Mapping[str, jax.sharding.Sharding] | None) -> dict[str, Any]:

@@ -8,9 +8,9 @@
 
 They are pure, but that a watched `denoise` reports its progress to the listener of `watching`. Static, so that another value
 compiles anew, are the networks, all shapes (sizes, batch, length of the text), the sampler with its options, the number of
-steps, and whether there is guidance, a mask of the text, a control mask, a picture to begin with, a mask of what is redrawn in it, somebody
-who watches, and shortcuts. Everything else that a user changes between pictures is traced: prompts, seeds, strengths, windows, masks,
-pictures. A second call with other values compiles nothing.
+steps, and whether there is guidance and of how many branches, a mask of the text, a control mask, a picture to begin with, a mask of what is
+redrawn in it, somebody who watches, shortcuts, and strengths by layer or place. Everything else that a user changes between pictures is
+traced: prompts, seeds, strengths and their schedules, windows, masks, pictures. A second call with other values compiles nothing.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class Denoiser(NamedTuple):
 
 
 class Conditions(NamedTuple):
-    """Everything that a picture is conditioned on. With guidance the first half of B is unconditional, the second conditional."""
+    """Everything that a picture is conditioned on. With guidance B holds branches one after the other: the unconditional, then the
+    conditional one; with a guidance of its own for the identity, between them the one of the text alone, whose identity is the
+    unconditional one's."""
 
     text: Array
     """Text states [B, m, c]."""
@@ -72,18 +74,18 @@ class Conditions(NamedTuple):
     added: AddedConditions
     """Pooled text [B, p] and sizes [B, 6]."""
     identity_tokens: Array
-    """Resampler output [B, n, c], of several people [B, people, n, c]; the unconditional half is the resampler of zeros."""
+    """Resampler output [B, n, c], of several people [B, people, n, c]; of the unconditional branch those of zeros (or noise)."""
     images: tuple[Array, ...]
     """Control pictures in [0, 1], [1 or B, H, W, 3]: the keypoints for IdentityNet (of several people [1 or B, people, H, W, 3]), then one
     for every other ControlNet."""
     control_scales: Array
-    """[steps, nets] or [steps, nets, 1 or people, 1 or residuals]: strength of each net in each step, already zero outside its window.
+    """[calls, nets] or [calls, nets, 1 or people or places, 1 or residuals]: strength of each net, already zero outside its window.
     A person whose strengths are zero is not computed."""
     adapter_scale: Array
-    """[steps] or [steps, 1 or people, 1 or layers]: strength of the image adapter in each step."""
+    """[calls] or [calls, 1 or people or places, 1 or layers]: strength of the image adapter."""
     control_mask: Array | None
     """[1 or B, H, W] in [0, 1]: where IdentityNet and the image adapter act; None is everywhere. Several people have one each:
-    [1 or B, H, W, people]."""
+    [1 or B, H, W, people], as have two or more places of one person with strengths of their own."""
 
 
 class Edit(NamedTuple):
@@ -109,6 +111,7 @@ class Inputs(NamedTuple):
     """[b] uint32."""
     plan: Plan
     guidance_scale: Array
+    """Scalar; of three branches [2], of text and identity."""
     guidance_rescale: Array
     pace: Pace | None = None
     edit: Edit | None = None
@@ -253,7 +256,7 @@ def denoise(
     """Latents of pictures from noise [b, h, w, c] that is already at the plan's first noise level, and that is used up.
 
     `parameters` holds the weights under "unet", "adapter", "identitynet" and "controlnets" (a tuple), and under "loras" what
-    `lora.apply_loras` adds to the UNet's. With `guided` the conditions are twice as long as the latents (`Conditions`). With
+    `lora.apply_loras` adds to the UNet's. With `guided` the conditions are two or three times as long as the latents (`Conditions`). With
     `watched` the running program reports each model call to the listener that `watching` has set. With `shortcuts` it leaves
     work out as `pace` says (`prediction`). With `edit` a picture is changed: `latents` are that picture with noise (or, with a mask, noise
     alone), and only the plan's first calls are made.
@@ -263,6 +266,7 @@ def denoise(
     nets += [n.bind(p) for n, p in zip(denoiser.controlnets, parameters.get("controlnets", ()), strict=True)]
     adapter = denoiser.adapter.bind(parameters["adapter"])
     batch = conditions.text.shape[0]
+    branches = batch // latents.shape[0] if guided else 1
 
     # What does not depend on the latents is computed before the loop: keys and values of text and identity, features of the
     # pictures, masks, and the embeddings of all times.
@@ -292,7 +296,7 @@ def denoise(
     def advance(carry: Any, item: Any) -> Any:
         (state, memory), (row, _, call, index) = carry, item
         x = sampler.model_input(state, row)
-        memory, output = guide(predictor, guided, memory, x, call, guidance_scale, guidance_rescale)
+        memory, output = guide(predictor, branches, memory, x, call, guidance_scale, guidance_rescale)
         noise = _normal(keys, index + 1, latents.shape[1:]) if plan.needs_noise else None
         if watched:
             jax.debug.callback(_report, index)
@@ -301,7 +305,7 @@ def denoise(
     state = sampler.init(latents)
     first = jax.tree.map(lambda a: a[0], (plan.rows, calls))
     x = sampler.model_input(state, first[0])
-    memory = predictor.empty(jnp.concatenate([x, x]) if guided else x, first[1])
+    memory = predictor.empty(jnp.concatenate([x] * branches), first[1])
     following = {name: jnp.concatenate([column[1:], column[-1:]]) for name, column in plan.rows.items()} if edit is not None else None
     items = plan.rows, following, calls, jnp.arange(plan.num_calls)
     if edit is None:

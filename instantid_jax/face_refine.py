@@ -23,6 +23,7 @@ from instantid_jax.face import Face, FaceAnalyzer, FaceError, find_faces, larges
 from instantid_jax.people import Person
 from instantid_jax.pipeline import InstantIDPipeline, check_call
 from instantid_jax.request import PipelineError, Request, check_number
+from instantid_jax.strengths import multiplied
 
 __all__ = ["FEATHER", "MARGIN", "STRENGTH", "Refined", "crop_box", "feathered", "paste", "refine_face", "refine_people"]
 
@@ -148,8 +149,8 @@ def refine_people(
     scale, own = call.pop("controlnet_conditioning_scale", 1.0), call.pop("ip_adapter_scale", pipe.ip_adapter_scale)
     for i, person in enumerate(people):
         scales = list(scale) if isinstance(scale, list | tuple) else [scale] * (1 + len(pipe.controlnets))
-        strengths = {"controlnet_conditioning_scale": [scales[0] * person.identitynet_scale, *scales[1:]]}
-        strengths |= {"ip_adapter_scale": own * person.ip_adapter_scale}
+        strengths: dict[str, Any] = {"controlnet_conditioning_scale": [multiplied(scales[0], person.identitynet_scale), *scales[1:]]}
+        strengths |= {"ip_adapter_scale": multiplied(own, person.ip_adapter_scale)}
         try:
             if i not in owned:
                 raise FaceError("no_face", f"no face found in the region of person {i} (counted from 0)")
@@ -184,7 +185,7 @@ def _refined(
     if width >= side:
         told = f"the face with its margin is {width} pixels wide, and the model draws {side}"
         raise FaceError("large_face", f"{told}: there is nothing to gain; give a smaller margin, or leave out the second pass")
-    points = (face.kps - np.float32(box[:2])) * np.float32(side / width)
+    points = (face.kps - np.asarray(box[:2], np.float32)) * np.float32(side / width)
     keypoints = draw_keypoints((side, side), points, pipe.config.keypoint_scale)
     others = [_square(_rgb(image).resize(picture.size, Image.Resampling.LANCZOS), box, side) for image in control_images]
     enlarged = _square(picture, box, side)

@@ -8,8 +8,10 @@ The fields are options of ``sample.py``, with underscores; what a line leaves ou
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import operator
 import re
 import types
 import typing
@@ -18,6 +20,7 @@ from typing import Any, Literal
 
 from instantid_jax.config import ModelConfig
 from instantid_jax.pipeline import check_call
+from instantid_jax.prompts import prompts_of
 from instantid_jax.published import did_you_mean
 from instantid_jax.request import in_options
 from instantid_jax.sample_options import NOT_FOR_JOBS, RUN_OPTIONS, SampleOptions
@@ -36,6 +39,7 @@ _KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {
     bool: (bool, "true or false"),
     int: (int, "a whole number"),
     float: ((int, float), "a number"),
+    float | str: ((int, float, str), "a number or a text"),
 }
 
 
@@ -97,18 +101,24 @@ def _fields(text: str) -> dict[str, Any]:
 
 
 def _pictures(number: int, fields: dict[str, Any], folder: Path, given: SampleOptions, config: ModelConfig) -> list[Picture]:
+    if "prompt" in fields and "prompt_file" in fields:
+        raise ValueError("has prompt and prompt_file; give one of them")
+    if "prompt" in fields or "prompt_file" in fields:  # what the line has counts first
+        given = dataclasses.replace(given, prompt=None, prompt_file=None)
     person, prompts, seeds = fields.pop("person", None), fields.pop("prompt", given.prompt), fields.pop("seed", given.seed)
     values = {name: _value(name, value, _HINTS[name], folder) for name, value in fields.items()}
     options = dataclasses.replace(given, **values).filled()
     if not options.face:
         raise ValueError("has no face: name a photo, several of one person, or a stored face")
     options.check()
-    pictures = []
-    for prompt in _several("prompt", options.prompt if prompts is None else prompts, str):
-        for seed in _several("seed", seeds, int):
-            if not 0 <= seed < 2**32:
-                raise ValueError(f"seed must be between 0 and {2**32 - 1}, not {seed}")
-            pictures.append(Picture(number, _folder(person, options.face[0]), dataclasses.replace(options, prompt=prompt, seed=seed)))
+    pictures, own_seeds = [], _several("seed", seeds, int)
+    texts = [None] if options.prompt_file is not None else _several("prompt", options.prompt if prompts is None else prompts, str)
+    for text in texts:
+        for _, asked in prompts_of(dataclasses.replace(options, prompt=text, seed=-1)).asked:
+            for seed in own_seeds if asked.seed == -1 else [asked.seed]:
+                if not 0 <= seed < 2**32:
+                    raise ValueError(f"seed must be between 0 and {2**32 - 1}, not {seed}")
+                pictures.append(Picture(number, _folder(person, options.face[0]), dataclasses.replace(asked, seed=seed)))
     check_call(config, nets=1 + len(options.controlnet), **pictures[0].options.call())
     return pictures
 
@@ -132,7 +142,7 @@ def _value(name: str, value: Any, hint: Any, folder: Path) -> Any:
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     if value is None and type(None) in kinds:
         return None
-    kind = kinds[0]
+    kind = functools.reduce(operator.or_, (kind for kind in kinds if kind is not type(None)))
     if typing.get_origin(kind) is Literal:
         known = typing.get_args(kind)
         if value not in known:
@@ -143,7 +153,7 @@ def _value(name: str, value: Any, hint: Any, folder: Path) -> Any:
         found = tuple(_several(name, value, inner))
         return tuple(folder / item for item in found) if inner is Path else found
     checked = _one(name, value, kind)
-    return folder / checked if kind is Path else float(checked) if kind is float else checked
+    return folder / checked if kind is Path else float(checked) if kind in (float, float | str) and not isinstance(checked, str) else checked
 
 
 def _folder(person: Any, face: Path) -> str:

@@ -28,7 +28,7 @@ from instantid_jax.face import AnalyzerError, FaceError, Identity, load_analyzer
 from instantid_jax.job_file import Picture, in_fields, read_jobs
 from instantid_jax.ledger import Ledger, read_rows, replace_text, summary
 from instantid_jax.options import check_folder
-from instantid_jax.output import file_digest, read_settings, run_settings, save_png, weights_digest
+from instantid_jax.output import file_digest, read_settings, run_settings, save_picture, suffix_of, weights_digest
 from instantid_jax.parallel.distributed import agreed, flag_raised, is_main, join, raise_flag, stacked, synchronize
 from instantid_jax.pipeline import PipelineError, check_call
 from instantid_jax.references import check_files, read_identity
@@ -77,8 +77,10 @@ def run_jobs(given: SampleOptions) -> int:
         join(given.coordinator, given.processes, given.process)
     if given.num_images != 1:
         raise ValueError("--num-images is not for --jobs; list the seeds in the file")
-    if several := next((name for name in ("people", "view", "blend") if getattr(given, name)), None):
+    if several := next((name for name in ("people", "view", "blend", "compare") if getattr(given, name)), None):
         raise ValueError(f"--{several} is not for --jobs, whose pictures show one person in one pose each")
+    if alone := next((name for name in ("init_image", "refine_face", "keep_face_vector") if getattr(given, name)), None):
+        raise ValueError(f"--{alone.replace('_', '-')} is not for --jobs; run sample.py once for each picture")
     check_files([given.jobs])
     check_folder(given.out)
     config = model_config(given)
@@ -101,16 +103,15 @@ def run_jobs(given: SampleOptions) -> int:
 def _tasks(pictures: list[Picture], config: ModelConfig) -> list[_Task]:
     """Every picture once, with its key and place."""
     digest = functools.cache(_content)
-    weights = functools.cache(lambda folder: _identity_of_weights(folder or DEFAULT_WEIGHTS))
     found: dict[str, _Task] = {}
     for picture in pictures:
         s = picture.options
-        about = {name: value for name, value in settings_of(s, {}).items() if name not in ("model", "weights", "controlnet", "analyzer_root")}
-        about |= {"weights": weights(s.weights), "controlnet": [weights(folder) for folder in s.controlnet]}
+        about = {name: value for name, value in settings_of(s).items() if name not in ("model", "weights", "controlnet", "analyzer_root")}
+        about |= {"weights": weights_digest(s.weights or DEFAULT_WEIGHTS), "controlnet": [weights_digest(folder) for folder in s.controlnet]}
         about |= {"analyzer": s.analyzer or config.face_analyzer}
         about |= {kind: [digest(path) for path in paths] for kind, paths in inputs_of(s).items()}
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        path = f"{picture.person}/{s.seed:06d}-{key[:12]}.png"
+        path = f"{picture.person}/{s.seed:06d}-{key[:12]}{suffix_of(about)}"
         found.setdefault(path, _Task(picture, key, path))
     return list(found.values())
 
@@ -123,14 +124,6 @@ def _content(path: Path) -> str:
         return f"unreadable: {path}"
 
 
-def _identity_of_weights(folder: Path) -> str:
-    """Hash that tells weights apart: that of their manifest where they have one, else of all their files."""
-    if digest := weights_digest(folder):
-        return digest["weights_sha256"]
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return hashlib.sha256("\n".join(f"{path.relative_to(folder)} {file_digest(path)}" for path in files).encode()).hexdigest()
-
-
 class _Drawing:
     """One process's work: prepares picture after picture, and draws them as soon as there is one for every device."""
 
@@ -139,7 +132,6 @@ class _Drawing:
         self.out = given.out
         self.pipe: Any = None
         self.spread: Any = None
-        self.digest = weights_digest(given.weights or DEFAULT_WEIGHTS)
         self.analyzer = functools.cache(lambda: load_analyzer(given.analyzer or config.face_analyzer, given.analyzer_root))
         self.people: dict[Hashable, Identity | ValueError | OSError] = {}
         self.told, self.count, self.done, self.failed = 0.0, 0, 0, 0
@@ -199,8 +191,7 @@ class _Drawing:
             self.spread = Spread(self.pipe)
         try:
             request = check_call(config, nets=1 + len(s.controlnet), **call)
-            guidance = call["guidance_scale"], call["guidance_rescale"]
-            inputs = self.pipe.prepare(request, conditions["image"], identity.embedding, conditions["control_mask"], guidance=guidance)
+            inputs = self.pipe.prepare(request, conditions["image"], identity.embedding, conditions["control_mask"])
         except PipelineError as error:
             return self._fail(task, "refused", in_fields(str(error)))
         return _Prepared(task, request, inputs)
@@ -229,7 +220,7 @@ class _Drawing:
                 self._fail(task, "not_finite", "the networks gave values that are not finite; use --dtype float32 or bfloat16, or check the weights")
                 continue
             image, s, path = Image.fromarray(np.round(pictures[0] * 255).astype(np.uint8)), task.picture.options, self.out / task.path
-            save_png(image, path, run_settings(image.size, inputs_of(s), settings_of(s, self.digest)) | {"seed": s.seed})
+            save_picture(image, path, run_settings(image.size, inputs_of(s), settings_of(s)) | {"seed": s.seed})
             self.ledger.add(task.path, "made", **task.about, bytes=path.stat().st_size)
             self.done += 1
         self._tell(None)

@@ -16,7 +16,7 @@ import numpy as np
 
 from instantid_jax.denoise import Conditions
 from instantid_jax.face import FaceError, prepare_control_image
-from instantid_jax.request import PipelineError, Request, check_number, check_picture, check_whole
+from instantid_jax.request import PipelineError, Request, check_picture, check_strength, check_whole
 
 __all__ = ["MOST_PEOPLE", "People", "Person", "check_people", "control_pictures", "with_people"]
 
@@ -34,10 +34,10 @@ class Person:
     """The person's own keypoints on a canvas of the whole picture, as `image` of the pipeline."""
     region: Any
     """Where the person is: a mask or a box, as `control_mask` of the pipeline."""
-    identitynet_scale: float = 1.0
-    """Times the call's `controlnet_conditioning_scale`."""
-    ip_adapter_scale: float = 1.0
-    """Times the call's `ip_adapter_scale`."""
+    identitynet_scale: Any = 1.0
+    """Times the call's `controlnet_conditioning_scale`: a number, or a schedule over steps and layers as there (`strengths`)."""
+    ip_adapter_scale: Any = 1.0
+    """Times the call's `ip_adapter_scale`, likewise."""
 
 
 class People(NamedTuple):
@@ -49,8 +49,10 @@ class People(NamedTuple):
     """[people, H, W, 3] float32 in [0, 1]."""
     masks: np.ndarray
     """[H, W, people] float32 in [0, 1], their sum nowhere above 1."""
-    scales: np.ndarray
-    """[people, 2] float32: strengths of IdentityNet and of the adapter, beside the call's."""
+    control_scales: np.ndarray
+    """[calls, people, 1 or residuals] float32: strengths of IdentityNet, beside the call's."""
+    adapter_scales: np.ndarray
+    """[calls, people, 1 or layers] float32: strengths of the image adapter, beside the call's."""
 
 
 def check_people(people: Any, most: Any, request: Request, size: tuple[int, int], width: int) -> People:
@@ -64,8 +66,9 @@ def check_people(people: Any, most: Any, request: Request, size: tuple[int, int]
         np.zeros((places, width), np.float32),
         np.zeros((places, *size, 3), np.float32),
         np.zeros((*size, places), np.float32),
-        np.zeros((places, 2), np.float32),
+        *(np.zeros((request.whole.num_calls, places, 1), np.float32) for _ in range(2)),
     )
+    tables: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for i, person in enumerate(people):
         try:
             found.embeddings[i] = request.embeddings(person.image_embeds, width)
@@ -75,11 +78,23 @@ def check_people(people: Any, most: Any, request: Request, size: tuple[int, int]
                 raise PipelineError("region is empty; give a mask or a box")
             found.masks[..., i] = mask
             for j, name in enumerate(("identitynet_scale", "ip_adapter_scale")):
-                found.scales[i, j] = check_number(name, getattr(person, name), -10, 10)
+                strength = check_strength(name, getattr(person, name), request.plan.steps, request.places[j])
+                if strength.outside:
+                    raise PipelineError(f"{name} says something of the outside; each of several people acts in the own region")
+                tables[j].append(request.filled(strength.table(request.plan.steps, request.places[j])[:, 0]))
         except (PipelineError, FaceError) as error:
             raise PipelineError(f"person {i} (counted from 0): {error}") from error
+    if any(strength and strength.outside for strength in (*request.scales, request.ip_adapter_scale)):
+        raise PipelineError("a strength outside has no meaning with people, each of whom acts in the own region; give strengths without")
     total = np.maximum(found.masks.sum(axis=-1, keepdims=True), 1.0)
-    return found._replace(masks=found.masks / total)
+    control, adapter = (_in_places(table, places) for table in tables)
+    return found._replace(masks=found.masks / total, control_scales=control, adapter_scales=adapter)
+
+
+def _in_places(tables: list[np.ndarray], places: int) -> np.ndarray:
+    """[calls, places, 1 or layers] of each person's [calls, 1 or layers]; free places are zero."""
+    given = np.stack(np.broadcast_arrays(*tables), axis=1)
+    return np.pad(given, ((0, 0), (0, places - len(tables)), (0, 0)))
 
 
 def control_pictures(people: Any, image: Any, image_embeds: Any, control_mask: Any) -> Any:
@@ -94,11 +109,11 @@ def control_pictures(people: Any, image: Any, image_embeds: Any, control_mask: A
 
 def with_people(conditions: Conditions, people: People) -> Conditions:
     """Conditions, whose identity tokens are the people's, with everybody's keypoints, regions and strengths."""
-    control, adapter = conditions.control_scales[:, :, None, None], conditions.adapter_scale[:, None, None]
-    own, rest = control[:, :1] * people.scales[None, None, :, :1], control[:, 1:]
+    control = conditions.control_scales
+    own, rest = control[:, :1] * people.control_scales[:, None], control[:, 1:]
     return conditions._replace(
         images=(jnp.asarray(people.images)[None], *conditions.images[1:]),
         control_scales=jnp.concatenate([own, jnp.broadcast_to(rest, (*rest.shape[:2], *own.shape[2:]))], axis=1),
-        adapter_scale=adapter * people.scales[None, :, 1:],
+        adapter_scale=conditions.adapter_scale * people.adapter_scales,
         control_mask=jnp.asarray(people.masks)[None],
     )

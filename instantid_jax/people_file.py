@@ -8,7 +8,7 @@
     face = ["anna_1.jpg", "anna_2.jpg"] # one photo or several, or a stored face
     box = [0.0, 0.0, 0.5, 1.0]          # left, top, right, bottom, in parts of the picture; or mask = "anna.png"
     pose = "turned.jpg"                 # optional: whose keypoints are placed in the box; or keypoints = five [x, y]
-    ip_adapter_scale = 0.8              # optional, as identitynet_scale: times the option of the same name
+    ip_adapter_scale = 0.8              # optional, as identitynet_scale: times the option of the same name; or a schedule, "linear(1, 0.3)"
 
 Paths begin at the file's folder.
 """
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from instantid_jax.published import did_you_mean
+from instantid_jax.strengths import StrengthError, read_strength
 
 __all__ = ["PeopleFile", "PeopleFileError", "PersonEntry", "read_people_file"]
 
@@ -49,8 +50,9 @@ class PersonEntry:
     pose_face_index: int | None = None
     keypoints: np.ndarray | None = None
     """[5, 2] in parts of the picture."""
-    identitynet_scale: float = 1.0
-    ip_adapter_scale: float = 1.0
+    identitynet_scale: Any = 1.0
+    """As of `people.Person`."""
+    ip_adapter_scale: Any = 1.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,7 +123,7 @@ def _person(about: Any, number: int, folder: Path) -> PersonEntry:
         found: dict[str, Any] = {name: _path(name, about[name], folder) for name in ("mask", "pose") if name in about}
         found |= {name: _array(name, about[name], shape) for name, shape in (("box", (4,)), ("keypoints", (5, 2))) if name in about}
         found |= {name: _number(name, about[name], int) for name in ("face_index", "pose_face_index") if name in about}
-        found |= {name: float(_number(name, about[name], (int, float))) for name in ("identitynet_scale", "ip_adapter_scale") if name in about}
+        found |= {name: _strength(name, about[name]) for name in ("identitynet_scale", "ip_adapter_scale") if name in about}
         return PersonEntry(name, tuple(_path("face", face, folder) for face in faces), **found)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -154,6 +156,15 @@ def _array(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
     if array.min() < -1 or array.max() > 2:
         raise ValueError(f"{name} is in parts of the picture, 0 to 1, not {value!r}")
     return array
+
+
+def _strength(name: str, value: Any) -> Any:
+    """A number, a list of them, or a text; whether it fits the steps and the model, `check_people` sees."""
+    try:
+        read_strength(value)
+    except StrengthError as error:
+        raise ValueError(f"{name} {error}") from error
+    return value
 
 
 def _number(name: str, value: Any, kinds: Any) -> Any:

@@ -13,7 +13,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from instantid_jax import denoise as programs
 from instantid_jax.checkpoint import load_weights
 from instantid_jax.config import ComputeConfig, IdentityNetConfig, ModelConfig, from_json
 from instantid_jax.denoise import Conditions, Denoiser, Inputs
-from instantid_jax.diffusion import control_window, make_sampler
+from instantid_jax.diffusion import make_sampler
 from instantid_jax.editing import STRENGTH, Initial, Placed, begin, check_initial
 from instantid_jax.foreign import CALL, LOADING, METHODS, refusal
 from instantid_jax.lora import LORA_NETWORKS, Lora, check_scales, in_order, merge_lora, stack_lora
@@ -38,6 +38,7 @@ from instantid_jax.parallel.mesh import batch_sharding
 from instantid_jax.parallel.rules import shardings
 from instantid_jax.people import MOST_PEOPLE, check_people, control_pictures, with_people
 from instantid_jax.request import CHECKED, PipelineError, Request
+from instantid_jax.strengths import StrengthError, read_strength
 from instantid_jax.text import Tokenizer, TokenizerWarning
 from instantid_jax.text.weighting import apply_weights, encode_weighted, flatten_groups
 
@@ -55,8 +56,7 @@ class PipelineOutput:
     images: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class TextConditions:
+class TextConditions(NamedTuple):
     """Encoded prompts: the unconditional rows, if any, before the conditional ones."""
 
     states: jax.Array
@@ -141,9 +141,13 @@ class InstantIDPipeline:
             instead = f"; in its place: {METHODS[name]}" if name in METHODS else ""
             raise AttributeError(f"{type(self).__name__} has no {name!r}{instead}", name=name, obj=self)
 
-    def set_ip_adapter_scale(self, scale: float) -> None:
+    def set_ip_adapter_scale(self, scale: Any) -> None:
         """Strength of the image adapter in calls that do not give `ip_adapter_scale` (0.5 after loading, as published)."""
-        self.ip_adapter_scale = float(scale)
+        try:
+            read_strength(scale)
+        except StrengthError as error:
+            raise PipelineError(f"scale {error}") from error
+        self.ip_adapter_scale = scale
 
     def set_loras(self, loras: Sequence[Lora], scales: Sequence[float] = ()) -> None:
         """LoRAs beside the weights from the next call on, in the place of earlier ones; none takes them away.
@@ -221,11 +225,11 @@ class InstantIDPipeline:
             pooled.append(towers[1].pooled[-1])
         return TextConditions(jnp.stack(states), jnp.stack(pooled), jnp.stack(masks))
 
-    def encode_identity(self, embeddings: np.ndarray, *, guided: bool) -> jax.Array:
-        """Identity tokens of embeddings [b, d]; with guidance those of zero vectors come first."""
+    def encode_identity(self, embeddings: np.ndarray, *, guided: bool, negative: np.ndarray | None = None) -> jax.Array:
+        """Identity tokens of embeddings [b, d]; with guidance those of `negative` [b, d], by default of zero vectors, come first."""
         embeddings = np.asarray(embeddings, np.float32)
         if guided:
-            embeddings = np.concatenate([np.zeros_like(embeddings), embeddings])
+            embeddings = np.concatenate([np.zeros_like(embeddings) if negative is None else negative, embeddings])
         with self._on_mesh():
             return _near(programs.encode_identity(self.networks["resampler"], self.parameters["resampler"], embeddings))
 
@@ -245,8 +249,11 @@ class InstantIDPipeline:
         guidance_rescale: float = 0.0,
         guidance_start: float = 0.0,
         guidance_end: float = 1.0,
-        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
-        ip_adapter_scale: float | None = None,
+        identity_guidance_scale: float | None = None,
+        negative_identity_noise: float = 0.0,
+        negative_identity_seed: int = 0,
+        controlnet_conditioning_scale: Any = 1.0,
+        ip_adapter_scale: Any = None,
         control_guidance_start: float | Sequence[float] = 0.0,
         control_guidance_end: float | Sequence[float] = 1.0,
         control_mask: Any = None,
@@ -292,10 +299,13 @@ class InstantIDPipeline:
             guidance_scale: classifier-free guidance; at most 1 switches it off.
             guidance_start, guidance_end: window of the steps, as fractions, that are guided; outside it only the conditional half is
                 computed (docs/speed.md says what this and the three intervals save, and what they do to pictures).
-            controlnet_conditioning_scale: strength of IdentityNet (a list with other ControlNets).
-            ip_adapter_scale: strength of the image adapter; None takes `set_ip_adapter_scale`'s.
-            control_guidance_start, control_guidance_end: window of the steps, as fractions, in which the nets act;
-                outside it, and at strength 0, they are not computed.
+            identity_guidance_scale: guides the identity apart from the text, at half as much again for each step (docs/strengths.md).
+            negative_identity_noise, negative_identity_seed: the unconditional branch is given that much noise as identity, zeros by default.
+            controlnet_conditioning_scale: strength of IdentityNet, with other ControlNets a list: numbers, or schedules over steps, layers
+                and places, such as "linear(1, 0.3)" (`strengths`, docs/strengths.md); of one net too a list is of nets, so one over steps is [[...]].
+            ip_adapter_scale: strength of the image adapter, likewise, or a list over steps; None takes `set_ip_adapter_scale`'s.
+            control_guidance_start, control_guidance_end: window of the steps, as fractions, in which the nets act; their strengths are
+                multiplied by it. Outside it, and at strength 0, they are not computed.
             control_mask: where IdentityNet and the adapter act: PIL or [H, W] or [H, W, 3], 0 to 255 or 0.0 to 1.0. Integers other
                 than uint8 that are only 0 and 1 count as 0.0 and 1.0. Or a box in pixels, (left, top, right, bottom), cut off at the
                 picture's edges: with a face's box it is the published demo's "enhance non-face region".
@@ -306,7 +316,7 @@ class InstantIDPipeline:
             latents: unit-normal noise [b, h, w, c] in place of the seed's.
             init_image: a picture that is changed, in the place of noise alone: PIL or an array as `image`. It is resized to the output's size.
             strength: how much of it is changed, above 0 to 1: of the steps the last ``int(num_inference_steps * strength)`` are made. By
-                default 0.8. Windows and intervals are of the steps that are made. Another strength compiles nothing.
+                default 0.8. Windows, schedules of strengths and intervals are of the steps that are made. Another strength compiles nothing.
             mask_image: where it is changed: as `control_mask`, white where it is redrawn; a picture of another size is resized.
             mask_blur: radius in pixels of a Gaussian blur of the mask, which makes the edge of `keep_unmasked` soft.
             keep_unmasked: whether pixels outside the mask stay exactly those of `init_image`; where the mask is gray, in part.
@@ -337,8 +347,7 @@ class InstantIDPipeline:
         if on_step is not None and not callable(on_step):
             raise PipelineError(f"on_step must be a function of the number of the finished model call, not {on_step!r}")
         request = Request.check(self.config, **arguments, nets=1 + len(self.controlnets))
-        guidance = guidance_scale, guidance_rescale
-        inputs = self.prepare(request, image, image_embeds, control_mask, latents, guidance, people=people, max_people=max_people, initial=initial)
+        inputs = self.prepare(request, image, image_embeds, control_mask, latents, people=people, max_people=max_people, initial=initial)
         placed = None if initial is None else initial.placed(request, self._size(inputs))
         denoiser, weights = self.denoiser()
         with self._on_mesh(), programs.watching(on_step) as watched:
@@ -358,13 +367,12 @@ class InstantIDPipeline:
         image_embeds: Any,
         control_mask: Any = None,
         latents: Any = None,
-        guidance: tuple[float, float] = (5.0, 0.0),
         *,
         people: Any = None,
         max_people: int = MOST_PEOPLE,
         initial: Initial | None = None,
     ) -> Inputs:
-        """Everything that `denoise` takes for a checked request; the rest is as in the call, `guidance` its scale and rescale.
+        """Everything that `denoise` takes for a checked request; the rest is as in the call.
 
         `initial` is the picture to begin with (`editing.check_initial`).
         """
@@ -380,8 +388,9 @@ class InstantIDPipeline:
         noise = programs.initial_noise(seeds, shape) if latents is None else request.latents(latents, shape)
         conditions = self._conditions(request, images, embeddings, mask)
         conditions = conditions if several is None else with_people(conditions, several)
-        start, (scale, rescale) = jnp.asarray(noise) * plan.init_noise_sigma, map(jnp.float32, guidance)
-        inputs = Inputs(conditions, start, jnp.asarray(seeds), plan, scale, rescale, request.pace())
+        start, scale = jnp.asarray(noise) * plan.init_noise_sigma, np.asarray(request.guidance_scale, np.float32)
+        guidance = jnp.asarray(scale if request.branches > 2 else scale[0]), jnp.float32(request.guidance_rescale)
+        inputs = Inputs(conditions, start, jnp.asarray(seeds), plan, *guidance, request.pace())
         return inputs if initial is None else self._begin(inputs, request, initial, noise)
 
     def _size(self, inputs: Inputs) -> tuple[int, int]:
@@ -415,10 +424,18 @@ class InstantIDPipeline:
         return jax.tree.map(put_whole, inputs, places)
 
     def _conditions(self, request: Request, images: list[np.ndarray], embeddings: np.ndarray, mask: np.ndarray | None) -> Conditions:
-        text = self.encode_text(request)
-        tokens = self.encode_identity(embeddings.reshape(-1, embeddings.shape[-1]), guided=request.guided)
+        control, adapter = request.strengths(self.ip_adapter_scale)
+        if control.shape[2] > 1:
+            if mask is None:
+                raise PipelineError("a strength outside needs a control_mask, which says where that is")
+            mask = np.stack([mask, 1 - mask], axis=-1)
+        text, rows = self.encode_text(request), embeddings.reshape(-1, embeddings.shape[-1])
+        tokens = self.encode_identity(rows, guided=request.guided, negative=request.negative_identities(rows))
         if embeddings.ndim == 2:
             tokens = tokens.reshape(-1, len(embeddings), *tokens.shape[1:])
+        if request.branches > 2:  # between the two halves one with the text alone
+            text = jax.tree.map(lambda x: jnp.concatenate([x, x[len(x) // 2 :]]), text)
+            tokens = jnp.concatenate([tokens[:1], tokens])
         repeats = request.num_images_per_prompt
 
         def spread(x: jax.Array) -> jax.Array:
@@ -426,17 +443,14 @@ class InstantIDPipeline:
 
         size = images[0].shape[:2]
         sizes = np.repeat(request.time_ids(size), request.batch, axis=0)
-        scale = self.ip_adapter_scale if request.ip_adapter_scale is None else request.ip_adapter_scale
-        # As in diffusers, windows are fractions of the model calls, of which Heun makes about two a step.
-        windows = np.stack([control_window(request.plan.num_calls, start, end) for start, end in request.windows], axis=1)
         return Conditions(
             text=spread(text.states),
             text_mask=None if text.mask is None else spread(text.mask),
             added=AddedConditions(spread(text.pooled), jnp.asarray(sizes)),
             identity_tokens=jnp.repeat(tokens, request.batch, axis=0),
             images=tuple(jnp.asarray(i)[None] for i in images),
-            control_scales=jnp.asarray(request.filled(windows * np.asarray(request.scales, np.float32))),
-            adapter_scale=jnp.full((request.whole.num_calls,), scale, jnp.float32),
+            control_scales=jnp.asarray(control),
+            adapter_scale=jnp.asarray(adapter),
             control_mask=None if mask is None else jnp.asarray(mask)[None],
         )
 

@@ -3,7 +3,7 @@
 Nothing is left out unless asked for, but for nets outside their window: their strength is zero there, so they are not run and
 the picture stays what it is. The rest changes the picture:
 
-    guidance window     outside it only the conditional half of the batch is computed       arXiv 2404.07724
+    guidance window     outside it only the conditional branch of the batch is computed     arXiv 2404.07724
     cache_interval      between every so many calls the UNet runs only its outermost layers and takes what lies within from
                         the call before (DeepCache, arXiv 2312.00858); IdentityNet then gives only the residuals that
                         those layers need, exactly as the whole net would
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from instantid_jax.diffusion.guidance import classifier_free, rescale
+from instantid_jax.diffusion.guidance import by_branch, classifier_free, rescale
 from instantid_jax.models.encoder import IdentityContext, SiteKeysValues, TextContext
 from instantid_jax.models.identitynet import IdentityNet
 from instantid_jax.models.unet import Residuals, UNet
@@ -32,7 +32,7 @@ from instantid_jax.models.unet import Residuals, UNet
 __all__ = ["Call", "Fixed", "MaskOfSize", "Memory", "Pace", "Predictor", "Shortcuts", "guide", "plan_calls"]
 
 MaskOfSize = dict[tuple[int, int], Array]
-"""The control mask [1 or B, h, w, 1 or people] by the height and width (h, w) of the residuals it is for."""
+"""The control mask [1 or B, h, w, 1 or people or places] by the height and width (h, w) of the residuals it is for."""
 _KEEP, _OUTER, _WHOLE = 0, 1, 2
 
 
@@ -64,15 +64,15 @@ class Call(NamedTuple):
     times: tuple[Array, ...]
     """Embeddings [B, t] of time, pooled text and sizes: the UNet's, then every net's."""
     control_scales: Array
-    """[nets, 1 or people, 1 or residuals]: strengths, the middle's last. Of nets beside IdentityNet the first person's count."""
+    """[nets, 1 or people or places, 1 or residuals]: strengths, the middle's last. Of nets beside IdentityNet the first person's count."""
     adapter_scale: Array
-    """[1 or people, 1 or layers]: strengths, layers in the published order (`models.adapter.site_numbers`)."""
+    """[1 or people or places, 1 or layers]: strengths, layers in the published order (`models.adapter.site_numbers`)."""
     control: Array
-    """[nets, 1 or people]: whether a net stays as it is, gives its outer residuals, or all (0, 1, 2)."""
+    """[nets, 1 or people or places]: whether a net stays as it is, gives its outer residuals, or all (0, 1, 2)."""
     whole: Array
     """Whether the UNet is computed whole."""
     guided: Array
-    """Whether both halves of the batch are computed."""
+    """Whether all branches of guidance are computed, not the conditional one alone."""
 
 
 class Fixed(NamedTuple):
@@ -85,7 +85,7 @@ class Fixed(NamedTuple):
     features: tuple[Array, ...]
     """Features [B, h, w, c] of each net's picture; of several people IdentityNet's are [B, people, h, w, c]."""
     mask: Array | None
-    """The control mask [1 or B, H, W], of several people [1 or B, H, W, people]."""
+    """The control mask [1 or B, H, W], of several people or places [1 or B, H, W, people or places]."""
     masks: MaskOfSize | None
 
 
@@ -115,20 +115,28 @@ def plan_calls(shortcuts: Shortcuts, pace: Pace | None, times: tuple[Array, ...]
     return Call(times, control_scales, adapter_scale, jnp.where(acting & due, depth, _KEEP), whole, pace.guidance)
 
 
-def second_half(call: Call, fixed: Fixed) -> tuple[Call, Fixed]:
-    """A call and what is fixed for the conditional half of the batch alone. `call` may have a leading axis of calls."""
-    named = fixed._replace(text=_half_context(fixed.text), contexts=tuple(map(_half_context, fixed.contexts)))
-    named = named._replace(identity=_half(fixed.identity, 1), features=_half(fixed.features), mask=_half(fixed.mask), masks=_half(fixed.masks))
-    return call._replace(times=_half(call.times, call.times[0].ndim - 2)), named
+def conditional_branch(branches: int, call: Call, fixed: Fixed) -> tuple[Call, Fixed]:
+    """A call and what is fixed for the last branch of the batch, the conditional one, alone."""
+
+    def last(tree: Any, axis: int = 0) -> Any:
+        return _last_branch(branches, tree, axis)
+
+    def of_context(context: TextContext) -> TextContext:
+        return TextContext(last(context.keys_values, 1), last(context.mask))
+
+    named = fixed._replace(text=of_context(fixed.text), contexts=tuple(map(of_context, fixed.contexts)))
+    named = named._replace(identity=last(fixed.identity, 1), features=last(fixed.features), mask=last(fixed.mask), masks=last(fixed.masks))
+    return call._replace(times=last(call.times)), named
 
 
-def _half_context(context: TextContext) -> TextContext:
-    return TextContext(_half(context.keys_values, 1), _half(context.mask))
+def _last_branch(branches: int, tree: Any, axis: int = 0) -> Any:
+    """The last of equally long parts along an axis; what is there once for all stays."""
 
+    def cut(x: Array) -> Array:
+        size = x.shape[axis]
+        return x if size == 1 else jax.lax.slice_in_dim(x, size - size // branches, None, axis=axis)
 
-def _half(tree: Any, axis: int = 0) -> Any:
-    """The second half along an axis; what is there once for all stays."""
-    return jax.tree.map(lambda x: x if x.shape[axis] == 1 else jax.lax.slice_in_dim(x, x.shape[axis] // 2, None, axis=axis), tree)
+    return jax.tree.map(cut, tree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +184,9 @@ class Predictor:
         return self.unet.predict_outer(x, call.times[0], self.fixed.text, branch, deep, **given), deep
 
     def _identity(self, call: Call) -> IdentityContext:
-        """What the UNet attends to as identity in a call: with strengths by site, [l, people], of one person [l], or one for all layers."""
-        several, scales, count, start = self._several(0), {}, call.adapter_scale.shape[-1], 0
+        """What the UNet attends to as identity in a call: with strengths by site, [l, people or places], else [l], or one for all layers."""
+        several = self._several(0) or call.adapter_scale.shape[0] > 1
+        scales, count, start = {}, call.adapter_scale.shape[-1], 0
         for site in self.unet.sites():
             depth = self.fixed.identity[site].k.shape[0]
             own = call.adapter_scale[:, start : start + depth] if count > 1 else call.adapter_scale
@@ -207,7 +216,7 @@ class Predictor:
     def _new_or_kept(self, i: int, person: Array | None, kept: list[Array] | None, x: Array, call: Call) -> list[Array]:
         shapes = jax.eval_shape(lambda x: self._residuals(i, person, x, call), x) if kept is None else kept
         context, feature = self._of(i, person)
-        due = call.control[i, 0 if person is None else person]
+        due = jnp.max(call.control[i]) if person is None else call.control[i, person]
 
         def keep(x: Array) -> list[Array]:
             return [jnp.zeros(s.shape, s.dtype) for s in shapes] if kept is None else kept
@@ -247,36 +256,47 @@ class Predictor:
         total: list[Array] = []
         for i, arrays in enumerate(residuals):
             scales = [call.control_scales[i, :, j if call.control_scales.shape[-1] > 1 else 0] for j in range(len(arrays))]
-            if self._several(i):
-                scaled = [_composed(r, scale, self.fixed.masks) for r, scale in zip(arrays, scales, strict=True)]
-            else:
-                if i == 0 and (masks := self.fixed.masks) is not None:
-                    arrays = [r * masks[r.shape[1], r.shape[2]].astype(r.dtype) for r in arrays]
-                scaled = [r * scale[0].astype(r.dtype) for r, scale in zip(arrays, scales, strict=True)]
+            scaled = [self._scaled(i, r, scale) for r, scale in zip(arrays, scales, strict=True)]
             total = [a + b for a, b in zip(total, scaled, strict=True)] if total else scaled
         return total
 
+    def _scaled(self, i: int, residual: Array, scale: Array) -> Array:
+        """One residual of net i times its strengths [1 or people or places] where they count."""
+        if self._several(i):
+            return _composed(residual, scale, self.fixed.masks)
+        if i == 0 and self.fixed.masks is not None:
+            mask = self.fixed.masks[residual.shape[1], residual.shape[2]]
+            if mask.shape[-1] > 1:
+                return residual * jnp.sum(scale * mask, axis=-1, keepdims=True).astype(residual.dtype)
+            residual = residual * mask.astype(residual.dtype)
+        return residual * scale[0].astype(residual.dtype)
 
-def guide(predictor: Predictor, guided: bool, memory: Memory, x: Array, call: Call, scale: Array, factor: Array) -> tuple[Memory, Array]:
-    """The prediction for latents `x` [b, h, w, c] in float32, guided where that is asked for; and the memory for the next call."""
 
-    def both(memory: Memory, x: Array) -> tuple[Memory, Array]:
-        memory, output = predictor(memory, jnp.concatenate([x, x]), call)
-        unconditional, conditional = jnp.split(output.astype(jnp.float32), 2)
-        return memory, rescale(classifier_free(unconditional, conditional, scale), conditional, factor)
+def guide(predictor: Predictor, branches: int, memory: Memory, x: Array, call: Call, scale: Array, factor: Array) -> tuple[Memory, Array]:
+    """The prediction for latents `x` [b, h, w, c] in float32, and the memory for the next call.
+
+    The `branches` of the batch are 1 (no guidance), 2 (unconditional, conditional; `scale` is a scalar) or 3 (between them the text
+    alone; `scale` [2] is of text and identity).
+    """
+
+    def every(memory: Memory, x: Array) -> tuple[Memory, Array]:
+        memory, output = predictor(memory, jnp.concatenate([x] * branches), call)
+        unconditional, *text, conditional = jnp.split(output.astype(jnp.float32), branches)
+        guided = by_branch(unconditional, text[0], conditional, scale[0], scale[1]) if text else classifier_free(unconditional, conditional, scale)
+        return memory, rescale(guided, conditional, factor)
 
     def alone(memory: Memory, x: Array) -> tuple[Memory, Array]:
-        halved, fixed = second_half(call, predictor.fixed)
-        new, output = dataclasses.replace(predictor, fixed=fixed)(_half(memory), x, halved)
-        whole = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, old.shape[0] // 2, 0), memory, new)
+        own, fixed = conditional_branch(branches, call, predictor.fixed)
+        new, output = dataclasses.replace(predictor, fixed=fixed)(_last_branch(branches, memory), x, own)
+        whole = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, old.shape[0] - new.shape[0], 0), memory, new)
         return whole, output.astype(jnp.float32)
 
-    if not guided:
+    if branches == 1:
         memory, output = predictor(memory, x, call)
         return memory, output.astype(jnp.float32)
     if not predictor.shortcuts.guidance_window:
-        return both(memory, x)
-    return jax.lax.cond(call.guided, both, alone, memory, x)
+        return every(memory, x)
+    return jax.lax.cond(call.guided, every, alone, memory, x)
 
 
 def _composed(residual: Array, scale: Array, masks: MaskOfSize | None) -> Array:

@@ -18,6 +18,7 @@ from instantid_jax.diffusion import Plan, Sampler, SamplerError, control_window,
 from instantid_jax.face import FaceError, box_mask, prepare_control_image
 from instantid_jax.models.tiling import Tiling
 from instantid_jax.prediction import Pace, Shortcuts
+from instantid_jax.strengths import Strength, StrengthError, adapter_places, control_places, read_strength
 
 __all__ = [
     "CHECKED",
@@ -34,10 +35,12 @@ __all__ = [
 _SIZES = ("original_size", "crops_coords_top_left", "target_size")
 _SIZES += tuple(f"negative_{name}" for name in _SIZES)
 _SAVINGS = ("guidance_start", "guidance_end", "cache_interval", "cache_branch_id", "control_interval", "vae_tiling", "vae_tile_size")
+_IDENTITY = ("identity_guidance_scale", "negative_identity_noise", "negative_identity_seed")
 # The pipeline's arguments that can be checked without knowing the size of the picture.
 CHECKED = (
     *("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_weighting", "clip_skip", "num_images_per_prompt", "seed"),
     *("height", "width", "num_inference_steps", "sampler", "sampler_options", "output_type", "guidance_scale", "guidance_rescale"),
+    *_IDENTITY,
     *("ip_adapter_scale", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", *_SIZES),
     *("strength", *_SAVINGS),
 )
@@ -59,7 +62,7 @@ _OPTIONS = {
 }
 _OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ("guidance_scale", "guidance_rescale", "ip_adapter_scale", "clip_skip")}
 _OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ("prompt_weighting", "seed", "height", "width")}
-_OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in _SAVINGS}
+_OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in (*_SAVINGS, *_IDENTITY)}
 _OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ("init_image", "strength", "mask_image", "mask_blur")}
 
 
@@ -122,11 +125,21 @@ def _texts(name: str, value: Any, count: int | None = None) -> list[str]:
     return texts
 
 
-def _per_net(name: str, value: Any, nets: int, low: float, high: float) -> list[float]:
+def _per_net(name: str, value: Any, nets: int) -> list[Any]:
     values = list(value) if isinstance(value, list | tuple | np.ndarray) else [value] * nets
     if len(values) != nets:
         raise PipelineError(f"{name} has {len(values)} values for {nets} nets (IdentityNet first)")
-    return [check_number(name, v, low, high) for v in values]
+    return values
+
+
+def check_strength(name: str, value: Any, steps: Sequence[int], places: Sequence[str]) -> Strength:
+    """A strength (`strengths.read_strength`) that fits the steps of the calls and the layers of the model."""
+    try:
+        strength = read_strength(value)
+        strength.table(steps, places, 2)
+    except StrengthError as error:
+        raise PipelineError(f"{name} {error}") from error
+    return strength
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
@@ -168,9 +181,17 @@ class Request:
     start: int
     """How many steps are left out at the beginning."""
     guided: bool
-    scales: list[float]
-    ip_adapter_scale: float | None
+    guidance_scale: tuple[float, ...]
+    """One number, or two where text and identity are guided apart."""
+    guidance_rescale: float
+    negative_identity: tuple[float, int]
+    """Strength and seed of the noise that stands for nobody."""
+    scales: list[Strength]
+    """Of each net."""
+    ip_adapter_scale: Strength | None
     windows: list[tuple[float, float]]
+    places: tuple[list[str], list[str]]
+    """Names of IdentityNet's residuals and of the image adapter's layers."""
     guidance_window: tuple[float, float]
     cache_interval: int
     cache_branch: int
@@ -194,6 +215,7 @@ class Request:
         optional = {k: None if a[k] is None else _texts(k, a[k], len(prompts)) for k in ("prompt_2", "negative_prompt", "negative_prompt_2")}
         solver, whole = _solver(config, a["sampler"], a["sampler_options"], a["num_inference_steps"])
         start = _start(a["strength"], a["num_inference_steps"])
+        plan = solver.plan(a["num_inference_steps"], start) if start else whole
         if a["output_type"] not in OUTPUT_TYPES:
             raise PipelineError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {a['output_type']!r}")
         if not isinstance(a["prompt_weighting"], bool):
@@ -208,8 +230,13 @@ class Request:
             )
         # clip_skip=n reads the states n layers before the last but one.
         layers = min(config.text_encoder.num_hidden_layers, config.text_encoder_2.num_hidden_layers)
+        guidance = check_number("guidance_scale", a["guidance_scale"], 0, 100)
+        apart = a["identity_guidance_scale"]
+        # Guided alike, text and identity need no branch of their own.
+        apart = None if apart is None or check_number("identity_guidance_scale", apart, 0, 100) == guidance else float(apart)
+        places = control_places(config.identitynet), adapter_places(config.unet)
+        scales = _per_net("controlnet_conditioning_scale", a["controlnet_conditioning_scale"], nets)
         scale = a["ip_adapter_scale"]
-        check_number("guidance_rescale", a["guidance_rescale"], 0, 1)
         for side in ("height", "width"):
             if a[side] is not None and check_whole(side, a[side], 64, 8192) % 8:
                 raise PipelineError(f"{side} must be a multiple of 8, not {a[side]}")
@@ -220,12 +247,19 @@ class Request:
             negative_prompts_2=optional["negative_prompt_2"],
             num_images_per_prompt=check_whole("num_images_per_prompt", a["num_images_per_prompt"], 1, 4096),
             solver=solver,
-            plan=solver.plan(a["num_inference_steps"], start) if start else whole,
+            plan=plan,
             whole=whole,
             start=start,
-            guided=check_number("guidance_scale", a["guidance_scale"], 0, 100) > 1,
-            scales=_per_net("controlnet_conditioning_scale", a["controlnet_conditioning_scale"], nets, -10, 10),
-            ip_adapter_scale=None if scale is None else check_number("ip_adapter_scale", scale, -10, 10),
+            guided=guidance > 1 or apart is not None,
+            guidance_scale=(guidance,) if apart is None else (guidance, apart),
+            guidance_rescale=check_number("guidance_rescale", a["guidance_rescale"], 0, 1),
+            negative_identity=(
+                check_number("negative_identity_noise", a["negative_identity_noise"], 0, 10),
+                check_whole("negative_identity_seed", a["negative_identity_seed"], 0, 2**32 - 1),
+            ),
+            scales=[check_strength("controlnet_conditioning_scale", s, plan.steps, places[0]) for s in scales],
+            ip_adapter_scale=None if scale is None else check_strength("ip_adapter_scale", scale, plan.steps, places[1]),
+            places=places,
             windows=_windows("control_guidance", a["control_guidance_start"], a["control_guidance_end"], nets),
             guidance_window=_windows("guidance", a["guidance_start"], a["guidance_end"], 1)[0],
             cache_interval=check_whole("cache_interval", a["cache_interval"], 1, 1000),
@@ -238,6 +272,11 @@ class Request:
             size=(a["height"], a["width"]),
             sizes=tuple(None if a[k] is None else _pair(k, a[k]) for k in _SIZES),
         )
+
+    @property
+    def branches(self) -> int:
+        """How many times as long as the latents the batch of a step is."""
+        return 1 + len(self.guidance_scale) if self.guided else 1
 
     @property
     def shortcuts(self) -> Shortcuts:
@@ -262,12 +301,30 @@ class Request:
         """
         return np.concatenate([x, np.repeat(x[-1:], self.whole.num_calls - len(x), axis=0)])
 
+    def strengths(self, adapter: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Tables of the nets' strengths [calls, nets, sides, 1 or residuals], windows in them, and of the image adapter's [calls, sides,
+        1 or layers], `filled`; `adapter` is its strength where the request has none. There are two sides, inside and outside of the
+        control mask, where something is said of the outside.
+        """
+        steps = self.plan.steps
+        adapter = self.ip_adapter_scale or check_strength("the scale of set_ip_adapter_scale", adapter, steps, self.places[1])
+        sides = 2 if any(strength.outside for strength in (*self.scales, adapter)) else 1
+        nets = np.stack(np.broadcast_arrays(*(scale.table(steps, self.places[0], sides) for scale in self.scales)), axis=1)
+        # As in diffusers, windows are fractions of the model calls, of which Heun makes about two a step.
+        windows = np.stack([control_window(self.plan.num_calls, start, end) for start, end in self.windows], axis=1)
+        return self.filled(windows[:, :, None, None] * nets), self.filled(adapter.table(steps, self.places[1], sides))
+
+    def negative_identities(self, embeddings: np.ndarray) -> np.ndarray:
+        """What stands for nobody in the place of embeddings [n, d]: zeros, or with a strength that times noise that is even from 0 to 1."""
+        strength, seed = self.negative_identity
+        return (strength * np.random.default_rng(seed).random(embeddings.shape)).astype(np.float32)
+
     def seeds(self) -> np.ndarray:
         """One seed a picture: seed, seed + 1, ... (wrapping at 2**32)."""
         return (self.seed + np.arange(self.batch, dtype=np.int64)).astype(np.uint32)
 
     def time_ids(self, picture: tuple[int, int]) -> np.ndarray:
-        """SDXL's six numbers, [2, 6] with guidance (negative first) else [1, 6]; heights first.
+        """SDXL's six numbers, one row a branch of guidance (negative first); heights first.
 
         As in diffusers the negative ones count only where both negative sizes are given; without, they are the positive ones.
         """
@@ -275,7 +332,7 @@ class Request:
         positive = (original or picture, crop or (0, 0), target or picture)
         both = negative_original is not None and negative_target is not None
         negative = (negative_original, negative_crop or (0, 0), negative_target) if both else positive
-        rows = [negative, positive] if self.guided else [positive]
+        rows = [negative] * self.guided + [positive] * (self.branches - self.guided)
         return np.asarray(rows, np.float32).reshape(len(rows), 6)
 
     def control_images(self, image: Any, multiple: int) -> list[np.ndarray]:
@@ -361,7 +418,8 @@ def _start(strength: Any, steps: int) -> int:
 
 def _windows(name: str, start: Any, end: Any, nets: int) -> list[tuple[float, float]]:
     """(start, end) of each net; the arguments are called `name`_start and `name`_end."""
-    starts, ends = _per_net(f"{name}_start", start, nets, 0, 1), _per_net(f"{name}_end", end, nets, 0, 1)
+    given = {f"{name}_start": start, f"{name}_end": end}
+    starts, ends = ([check_number(key, v, 0, 1) for v in _per_net(key, value, nets)] for key, value in given.items())
     for begin, stop in zip(starts, ends, strict=True):
         if begin >= stop:
             raise PipelineError(f"{name}_start {begin:g} must be smaller than {name}_end {stop:g}")

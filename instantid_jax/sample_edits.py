@@ -13,11 +13,12 @@ from instantid_jax.config import ModelConfig
 from instantid_jax.editing import canvas
 from instantid_jax.face import FaceAnalyzer, FaceError, load_photo
 from instantid_jax.face_refine import Refined, refine_face, refine_people
+from instantid_jax.people_file import PeopleFile
 from instantid_jax.pipeline import InstantIDPipeline, check_call
-from instantid_jax.request import Request
+from instantid_jax.request import PipelineError, check_strength
 from instantid_jax.sample_options import SampleOptions
 
-__all__ = ["count_calls", "initial_of", "on_initial_canvas", "refined", "unchanged"]
+__all__ = ["calls_of_run", "drawn", "initial_of", "on_initial_canvas"]
 
 
 def on_initial_canvas(s: SampleOptions) -> SampleOptions:
@@ -38,21 +39,39 @@ def initial_of(s: SampleOptions) -> dict[str, Any]:
     }
 
 
-def unchanged(s: SampleOptions) -> list[Image.Image]:
-    """The picture to begin with, as often as pictures are asked for, where nothing but its face is redrawn; else nothing."""
-    return [load_photo(s.init_image)] * s.num_images if s.init_image is not None and s.only_refined else []
+def calls_of_run(s: SampleOptions, config: ModelConfig, calls: Sequence[dict[str, Any]], listed: PeopleFile | None) -> int:
+    """Model calls that each of the `calls` takes, the second pass over the faces of its pictures with it.
 
-
-def count_calls(s: SampleOptions, config: ModelConfig, request: Request, runs: int) -> int:
-    """Model calls that so many runs of a request take, and the second pass over their faces."""
-    first = 0 if s.only_refined else request.plan.num_calls * runs
+    Each holds what `SampleOptions.call` gives. Raises ValueError for arguments, or strengths of people, that the model or one of the two
+    passes cannot have.
+    """
+    nets = 1 + len(s.controlnet)
+    checked = [check_call(config, nets=nets, **call) for call in calls]
+    first = checked[0].plan.num_calls
     if not s.refine_face:
         return first
-    again = check_call(config, nets=1 + len(s.controlnet), **s.call() | {"strength": s.refine_strength})
-    return first + again.plan.num_calls * s.num_images * runs
+    try:
+        second = [check_call(config, nets=nets, **call | {"strength": s.refine_strength}) for call in calls]
+        for person in [] if listed is None else listed.people:
+            check_strength("identitynet_scale", person.identitynet_scale, second[0].plan.steps, second[0].places[0])
+            check_strength("ip_adapter_scale", person.ip_adapter_scale, second[0].plan.steps, second[0].places[1])
+    except PipelineError as error:
+        raise ValueError(f"the second pass of --refine-face: {error}") from error
+    if any(strength and strength.outside for request in second for strength in (*request.scales, request.ip_adapter_scale)):
+        raise ValueError("--refine-face draws a face alone, which has no outside; give strengths without")
+    return (0 if s.only_refined else first) + second[0].plan.num_calls * s.num_images * (1 if listed is None else len(listed.people))
 
 
-def refined(
+def drawn(
+    pipe: InstantIDPipeline, s: SampleOptions, analyzer: Callable[[], FaceAnalyzer], on_step: Callable[[int], None], call: dict[str, Any]
+) -> list[Image.Image]:
+    """The pictures of a call of the pipeline, or the picture to begin with where nothing but its face is redrawn; faces redrawn if asked for."""
+    kept = load_photo(s.init_image) if s.init_image is not None and s.only_refined else None
+    images = pipe(**call, on_step=on_step).images if kept is None else [kept] * s.num_images
+    return _refined(pipe, s, call, images, analyzer(), on_step) if s.refine_face else images
+
+
+def _refined(
     pipe: InstantIDPipeline,
     s: SampleOptions,
     call: dict[str, Any],
@@ -62,12 +81,12 @@ def refined(
 ) -> list[Image.Image]:
     """The pictures with their faces redrawn, each with its own seed. One line to stderr says of which nothing is changed, and why."""
     left_out = ("prompt", "num_images_per_prompt", "strength", "height", "width", "seed")
-    same = {name: value for name, value in s.call().items() if name not in left_out}
+    same = {name: call[name] for name in s.call() if name not in left_out}
     same |= {"margin": s.refine_margin, "feather": s.refine_feather, "strength": s.refine_strength, "on_step": on_step}
     same["control_images"] = [load_photo(path) for path in s.control_image]
     done = []
     for i, image in enumerate(images):
-        seed, found = (s.seed + i) % 2**32, list[Refined | FaceError]()
+        seed, found = (call["seed"] + i) % 2**32, list[Refined | FaceError]()
         try:
             if "people" in call:
                 found = refine_people(pipe, image, analyzer, call["prompt"], call["people"], seed=seed, **same)

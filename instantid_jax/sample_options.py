@@ -12,7 +12,9 @@ from typing import Any, Literal
 from instantid_jax import editing, face_refine
 from instantid_jax.diffusion import PRESETS
 from instantid_jax.face import read_view
+from instantid_jax.published import did_you_mean
 from instantid_jax.request import read_sampler_options
+from instantid_jax.strengths import StrengthError, number_or_text
 
 __all__ = ["NOT_FOR_JOBS", "RUN_OPTIONS", "PresetName", "SampleOptions", "SamplerName", "gathered"]
 
@@ -37,12 +39,15 @@ _SMALL: dict[str, Any] = {
 }
 
 
-RUN_OPTIONS = ("out", "jobs", "aot", "distributed", "coordinator", "processes", "process")
+RUN_OPTIONS = ("out", "jobs", "replay", "allow_changed_files", "aot", "distributed", "coordinator", "processes", "process")
 """Options that say where and how, and decide nothing of a picture."""
 _EDITING = ("init_image", "strength", "mask_image", "mask_blur", "keep_unmasked", "sample_mode")
 _REFINING = ("refine_face", "refine_strength", "refine_margin", "refine_feather")
-NOT_FOR_JOBS = ("people", "view", "blend", "blend_steps", "blend_how", *_EDITING, *_REFINING)
-"""Options of a single run: it shows more than one person in one pose, or changes a picture."""
+NOT_FOR_JOBS = ("people", "view", "blend", "blend_steps", "blend_how", "compare", "keep_face_vector", *_EDITING, *_REFINING)
+"""Options of a single run: it shows more than one person in one pose, or one in several ways, or changes a picture."""
+COMPARED = ("identitynet_scale", "ip_adapter_scale", "control_start", "control_end", "guidance_scale", "identity_guidance_scale")
+COMPARED += ("guidance_rescale", "negative_identity_noise", "negative_identity_seed")
+"""Options of which `compare` gives other values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +64,14 @@ class SampleOptions:
     blend: tuple[Path, ...] = ()  # Photos of other people, one each: a strip of pictures from the --face person to them.
     blend_steps: int = 5  # How many pictures the strip has.
     blend_how: Literal["linear", "spherical"] = "spherical"  # Straight between the faces' embeddings, or along the arc between them.
-    prompt: str | None = None  # What to make; by default a film photo.
+    compare: tuple[str, ...] = ()  # Another value of a strength each, as "ip_adapter_scale=linear(1, 0)"; several make a sheet (docs/strengths.md).
+    prompt: str | None = None  # What to make; by default a film photo. {red|blond} draws both: every combination is a picture (docs/pictures.md).
     negative_prompt: str | None = None  # What to avoid. Leaving it out is not the same as an empty text.
     prompt_weighting: bool = False  # Read (word:1.2), [word] and BREAK in prompts, and prompts of any length.
+    style: tuple[str, ...] = ()  # Templates around the prompt, by name: those of the published demo or of --style-file; each a picture.
+    style_file: tuple[Path, ...] = ()  # JSON files of more styles, as Fooocus has them: name, prompt with {prompt}, negative_prompt.
+    wildcards: Path | None = None  # Folder of text files: __hair__ in a prompt draws every line of hair.txt.
+    prompt_file: Path | None = None  # CSV file of prompts instead of --prompt: columns prompt, negative_prompt, seed, style, strengths.
     num_images: int = 1  # How many pictures; picture i has seed + i.
     seed: int = 0  # Seed of the first picture.
     preset: PresetName | None = None  # Steps, sampler and guidance that a few-step model or LoRA is made for; what is given beside it counts first.
@@ -72,9 +82,15 @@ class SampleOptions:
     guidance_rescale: float = 0.0  # Against over-saturation, 0 to 1.
     guidance_start: float = 0.0  # Fraction of the steps at which guidance begins; before it a step costs half.
     guidance_end: float = 1.0  # Fraction of the steps at which it ends, likewise.
+    identity_guidance_scale: float | None = None  # Guides the identity apart from the text (--guidance-scale); a step costs half as much again.
+    negative_identity_noise: float = 0.0  # What the unconditional half gets as identity: noise this strong instead of zeros; try 0.35.
+    negative_identity_seed: int = 0  # Seed of that noise.
     clip_skip: int = 0  # Text layers to leave out, counted from the last but one.
-    identitynet_scale: float | None = None  # Strength of IdentityNet: keypoints and likeness. By default 0.8 (1.4 with the small model).
-    ip_adapter_scale: float | None = None  # Strength of the image adapter: facial detail; 0.8 (small model: 0.5). Lower it first when colours burn.
+    # Strength of IdentityNet: keypoints and likeness. By default 0.8 (1.4 with the small model). A number or a schedule over steps, layers and
+    # places, as "linear(1, 0.3)", "1 until 0.5 then 0.2", "down=0.8, mid=1" (docs/strengths.md).
+    identitynet_scale: float | str | None = None
+    # Strength of the image adapter: facial detail; 0.8 (small model: 0.5), or a schedule likewise. Lower it first when colours burn.
+    ip_adapter_scale: float | str | None = None
     control_start: float = 0.0  # Fraction of the steps at which IdentityNet (and other ControlNets) begin to act.
     control_end: float = 1.0  # Fraction of the steps at which they stop acting.
     control_interval: int = 1  # Run IdentityNet (and other ControlNets) at every so many steps, and keep what they gave in between.
@@ -97,7 +113,7 @@ class SampleOptions:
     allow_unknown_lora_keys: bool = False  # Leave out what is not understood in a LoRA file, with a list, instead of refusing it.
     controlnet: tuple[Path, ...] = ()  # Other ControlNets, folders that `python -m convert_weights import --controlnet` wrote.
     control_image: tuple[Path, ...] = ()  # One picture (depth, edges, ...) for each --controlnet.
-    control_scale: tuple[float, ...] = ()  # One strength for each --controlnet; 1 by default.
+    control_scale: tuple[float | str, ...] = ()  # One strength or schedule for each --controlnet; 1 by default.
     height: int | None = None  # Pixels, a multiple of 8; by default from the pose photo, its long side 1280 (64 with the small model).
     width: int | None = None  # Width, likewise; of one alone the other follows from the photo's proportions.
     face_index: int | None = None  # Which face to take, counted from 0 from the left, where a --face photo shows several.
@@ -109,7 +125,12 @@ class SampleOptions:
     vae_tiling: Literal["even", "diffusers"] | None = None  # Decode large pictures in tiles, against running out of memory: "even" is nearer to none.
     vae_tile_size: int | None = None  # Side of a tile in pixels, a multiple of 32; by default 1024.
     out: Path = Path("outputs")  # Folder for the pictures and the contact sheet. Pictures with other settings stay: new ones get a number.
+    format: Literal["png", "jpeg", "webp"] = "png"  # Kind of picture files; the contact sheet is a PNG.
+    watermark: bool = True  # Mark the files invisibly as generated; `python -m instantid_jax.watermark FILE` finds the mark.
+    keep_face_vector: bool = False  # Store the face's vector and keypoints in the files, which are biometric data; without it hashes alone.
 
+    replay: Path | None = None  # Make the picture of this file again, from the settings that it holds; options beside it count first.
+    allow_changed_files: bool = False  # With --replay: draw also where photos or weights are not those that the picture was made with.
     jobs: Path | None = None  # Many pictures: a JSONL file of faces, prompts, seeds and settings (docs/jobs.md). The other options are its defaults.
     aot: str | None = None  # Draw nothing: compile SDXL (or the model of --weights) for TPUs that are not at hand, as v5e:1x1: memory, FLOPs.
     distributed: bool = False  # With --jobs: share it with other processes, found as train.py finds them, or by the three below.
@@ -129,9 +150,12 @@ class SampleOptions:
             preset = PRESETS[self.preset]
             defaults = defaults | {"steps": preset["num_inference_steps"]} | {name: preset[name] for name in ("sampler", "guidance_scale")}
             if self.sampler in (None, preset["sampler"]):
-                options = (*(f"{name}={value}" for name, value in preset["sampler_options"].items()), *options)
+                own = (f"{name}={value}" for name, value in preset["sampler_options"].items())
+                options = (*(option for option in own if option not in options), *options)
         defaults = defaults | ({"strength": editing.STRENGTH} if self.init_image is not None else {})
         given = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        if self.prompt_file is not None:
+            given.pop("prompt")
         return dataclasses.replace(self, **given, sampler_option=options)
 
     @property
@@ -160,10 +184,23 @@ class SampleOptions:
             raise ValueError("--view is a pose of its own, and goes with one person; leave out --pose, --blend and --enhance-non-face-region")
         if (self.view or self.blend) and not self.face:
             raise ValueError(f"--{'view' if self.view else 'blend'} needs a person to draw; name a photo with --face")
+        if self.compare and (self.view or self.blend or not self.face):
+            raise ValueError("--compare shows one person in one pose: name a photo with --face, and leave out --view and --blend")
+        self.compared()
         if self.blend and not 2 <= self.blend_steps <= 1000:
             raise ValueError(f"--blend-steps must be between 2 and 1000, not {self.blend_steps}")
         for text in self.view:
             read_view(text)
+        if self.keep_face_vector and (self.people or self.is_demo or self.blend or self.enhance_non_face_region):
+            raise ValueError("--keep-face-vector is for one person named by --face; leave out --people, --blend and --enhance-non-face-region")
+        if self.replay is not None and self.jobs is not None:
+            raise ValueError("--replay makes one picture again; leave out --jobs")
+        if self.allow_changed_files and self.replay is None:
+            raise ValueError("--allow-changed-files has no meaning without --replay")
+        if self.prompt_file is not None and self.prompt is not None:
+            raise ValueError("--prompt-file has the prompts; leave out --prompt")
+        if self.style_file and not self.style and self.prompt_file is None:
+            raise ValueError("--style-file holds styles to choose from; name one with --style")
         if self.lora and self.jobs is not None:
             raise ValueError("--lora does not go with --jobs: their pictures are drawn with the weights as they are")
         if len(self.lora_scale) not in (0, len(self.lora)):
@@ -171,11 +208,28 @@ class SampleOptions:
         if self.weights is None and self.controlnet:
             raise ValueError("--controlnet needs --weights: the small model has no other ControlNets")
         if self.people is not None:
-            beside = ("face", "pose", "view", "blend", "control_mask", "enhance_non_face_region", "face_index", "pose_face_index")
+            beside = ("face", "pose", "view", "blend", "compare", "control_mask", "enhance_non_face_region", "face_index", "pose_face_index")
             if given := next((name for name in beside if getattr(self, name) not in (None, (), False)), None):
                 raise ValueError(f"--people names faces and places in its file; leave out --{given.replace('_', '-')}")
         elif not self.face and self.weights is not None:
             raise ValueError("no --face given: name a photo of the person")
+
+    def compared(self) -> list[tuple[str, SampleOptions]]:
+        """The option that each text of `compare` names, and the options with its value. Raises ValueError for what is not compared, or no value."""
+        found = []
+        for text in self.compare:
+            name, equals, value = (part.strip() for part in text.partition("="))
+            name = name.removeprefix("--").replace("-", "_")
+            if not equals or name not in COMPARED:
+                raise ValueError(f"--compare takes name=value of {', '.join(COMPARED)}, not {text!r}{did_you_mean(name, COMPARED)}")
+            kinds = {"negative_identity_seed": int, "identitynet_scale": number_or_text, "ip_adapter_scale": number_or_text}
+            try:
+                given = kinds.get(name, float)(value)
+            except ValueError as error:
+                what = error if isinstance(error, StrengthError) else f"{value!r} is no number"
+                raise ValueError(f"--compare {text!r}: {what}") from None
+            found.append((name, dataclasses.replace(self, **{name: given}, compare=())))
+        return found
 
     def _check_editing(self) -> None:
         if self.init_image is None:
@@ -204,7 +258,8 @@ class SampleOptions:
     def call(self) -> dict[str, Any]:
         """Arguments of `InstantIDPipeline.__call__`, of options that `filled` gave; pictures and embedding are missing."""
         same = ("prompt", "negative_prompt", "prompt_weighting", "seed", "sampler", "clip_skip", "guidance_scale", "guidance_rescale")
-        same += ("guidance_start", "guidance_end", "control_interval", "cache_interval", "cache_branch_id", "vae_tiling", "vae_tile_size")
+        same += ("guidance_start", "guidance_end", "identity_guidance_scale", "negative_identity_noise", "negative_identity_seed")
+        same += ("control_interval", "cache_interval", "cache_branch_id", "vae_tiling", "vae_tile_size")
         return {name: getattr(self, name) for name in (*same, "ip_adapter_scale", "height", "width")} | {
             "num_images_per_prompt": self.num_images,
             "num_inference_steps": self.steps,

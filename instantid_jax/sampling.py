@@ -22,9 +22,10 @@ from instantid_jax.pipeline import InstantIDPipeline, read_config
 from instantid_jax.references import check_files, face_box_mask, keypoint_picture, read_mask
 from instantid_jax.sample_options import RUN_OPTIONS, SampleOptions
 
-__all__ = ["conditions_of", "group_conditions", "inputs_of", "model_config", "open_pipeline", "read_people", "settings_of"]
+__all__ = ["conditions_of", "face_facts", "group_conditions", "inputs_of", "model_config", "open_pipeline", "read_people", "settings_of"]
 
-ELSEWHERE = ("num_images", "people", "face", "blend", "pose", "control_image", "control_mask", "init_image", "mask_image", *RUN_OPTIONS)
+ELSEWHERE = ("num_images", "style_file", "wildcards", "prompt_file", "people", "face", "blend", "pose", "control_image", "control_mask")
+ELSEWHERE += ("init_image", "mask_image", *RUN_OPTIONS)
 """Options that are not stored as settings: names and hashes of the files tell them."""
 
 
@@ -42,12 +43,22 @@ def open_pipeline(s: SampleOptions, loras: Sequence[Lora] = ()) -> InstantIDPipe
     return InstantIDPipeline.from_pretrained(s.weights, controlnets=s.controlnet, **options)
 
 
-def settings_of(s: SampleOptions, digest: dict[str, str] | None = None, loras: Sequence[Lora] = ()) -> dict[str, Any]:
-    """What a picture keeps of its options; `digest` is the weights' where it is known already."""
-    about = {"model": "the small model" if s.weights is None else s.weights.resolve().name, "version": f"instantid_jax {__version__}"}
-    about |= weights_digest(s.weights or DEFAULT_WEIGHTS) if digest is None else digest
+def settings_of(s: SampleOptions, loras: Sequence[Lora] = ()) -> dict[str, Any]:
+    """What a picture keeps of its options, and hashes of the weights."""
+    about: dict[str, Any] = {"model": "the small model" if s.weights is None else s.weights.resolve().name}
+    about |= {"version": f"instantid_jax {__version__}", "weights_sha256": weights_digest(s.weights or DEFAULT_WEIGHTS)}
     about |= {"lora_sha256": [lora.digest for lora in loras]} if loras else {}
+    about |= {"controlnet_sha256": [weights_digest(folder) for folder in s.controlnet]} if s.controlnet else {}
+    about |= {"analyzer_sha256": weights_digest(s.analyzer_root)} if s.analyzer_root else {}
     return {name: value for name, value in asdict(s).items() if name not in ELSEWHERE} | about
+
+
+def face_facts(identity: Identity) -> dict[str, Any]:
+    """What a picture keeps of a face where that is asked for: vector, keypoints and size of their photo."""
+    about: dict[str, Any] = {"face_vector": [float(value) for value in identity.embedding]}
+    if identity.face is not None and identity.size is not None:
+        about |= {"face_keypoints": identity.face.kps.astype(float).tolist(), "face_size": list(identity.size)}
+    return about
 
 
 def conditions_of(s: SampleOptions, keypoint_scale: float, pose: Identity, drawn: Image.Image | None = None) -> dict[str, Any]:
@@ -80,7 +91,7 @@ def group_conditions(s: SampleOptions, config: ModelConfig, listed: PeopleFile, 
 
 def inputs_of(s: SampleOptions, listed: PeopleFile | None = None) -> dict[str, Sequence[Path]]:
     """The files that go in, by what they are."""
-    initial = {"init": (s.init_image,) if s.init_image else (), "redrawn": (s.mask_image,) if s.mask_image else ()}
+    initial: dict[str, Sequence[Path]] = {"init": (s.init_image,) if s.init_image else (), "redrawn": (s.mask_image,) if s.mask_image else ()}
     if listed is not None:
         poses = [listed.pose, *(person.pose for person in listed.people)]
         return {

@@ -16,14 +16,14 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     (r"train|sample|convert_weights\.__main__|instantid_jax\.evaluation\.portraits", 6),
     (r"instantid_jax\.(parallel\.aot(_programs)?|sample_edits)", 5),
-    (r"instantid_jax\.(training\.(loop|samples|plan)|evaluation\.(suite|generate)|defaults|demo|sampling|variants|jobs|launch(\..+)?)", 5),
-    (r"instantid_jax\.(pipeline|denoise|prediction|request|references|output|sample_options|foreign|job_file|ledger|spread)", 4),
-    (r"instantid_jax\.(people|people_file|group|editing|face_refine)", 4),
+    (r"instantid_jax\.(training\.(loop|samples|plan)|evaluation\.(suite|generate)|defaults|demo|sampling|variants|replay|jobs|launch(\..+)?)", 5),
+    (r"instantid_jax\.(pipeline|denoise|prediction|request|strengths|references|output|sample_options|foreign|job_file|ledger|spread)", 4),
+    (r"instantid_jax\.(people|people_file|group|prompts|metadata|editing|face_refine)", 4),
     (r"instantid_jax\.(training|evaluation)(\..+)?|instantid_jax\.data\.(cache|prepare)", 4),
     (r"convert_weights(\..+)?", 4),
     (r"instantid_jax\.(models|parallel)(\..+)?|instantid_jax\.(checkpoint|lora)", 3),
     (r"instantid_jax\.data\.(drawing|transforms|inputs|filters|loader|resident|portrait.*|builder|preparation)", 3),
-    (r"instantid_jax\.(nn|face|text|data)(\..+)?|instantid_jax\.(progress|running)", 2),
+    (r"instantid_jax\.(nn|face|text|data)(\..+)?|instantid_jax\.(progress|running|watermark)", 2),
     (r"instantid_jax\.diffusion(\..+)?", 1),
     (r"instantid_jax(\.(config|options|paths|published))?", 0),
 )

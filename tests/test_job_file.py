@@ -37,8 +37,11 @@ def test_people_prompts_and_seeds(tmp_path):
 def test_every_option_of_a_picture_is_a_field():
     loras = {"lora", "lora_scale", "allow_unknown_lora_keys"}
     assert set(COMMON) == {"weights", "weights_dtype", *loras, "controlnet", "analyzer", "analyzer_root", "dtype"}
-    assert {*RUN_OPTIONS} == {"out", "jobs", "aot", "distributed", "coordinator", "processes", "process"}
-    assert set(NOT_FOR_JOBS) == {"people", "view", "blend", "blend_steps", "blend_how"}
+    assert {*RUN_OPTIONS} == {"out", "jobs", "replay", "allow_changed_files", "aot", "distributed", "coordinator", "processes", "process"}
+    editing = {"init_image", "strength", "mask_image", "mask_blur", "keep_unmasked", "sample_mode"}
+    refining = {"refine_face", "refine_strength", "refine_margin", "refine_feather"}
+    several = {"people", "view", "blend", "blend_steps", "blend_how", "compare"}
+    assert set(NOT_FOR_JOBS) == {*several, *editing, *refining, "keep_face_vector"}
 
 
 @pytest.mark.parametrize(
@@ -81,3 +84,15 @@ def test_the_line_is_counted_and_nothing_is_no_job(tmp_path):
     (tmp_path / "jobs.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(JobError, match="is no UTF-8 text"):
         read_jobs(tmp_path / "jobs.jsonl", SampleOptions(), tiny())
+
+
+def test_a_line_has_alternatives_styles_and_a_file_of_prompts(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,seed,style\nx,0,\n{y|z},,Photo\n")
+    lines = [
+        '{"face": "a.jpg", "prompt": ["{a|b}", "c"], "seed": [1, 2], "style": ["Photo", "Pixel art"]}',
+        '{"face": "a.jpg", "prompt_file": "p.csv", "seed": [4, 5]}',
+    ]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
+    found = [(p.options.prompt, p.options.seed) for p in read_jobs(tmp_path / "jobs.jsonl", SampleOptions(prompt="given"), tiny())]
+    texts = [f"{style} of {text}" for text in "abc" for style in ("photo", "pixel art")]
+    assert found == [(text, seed) for text in texts for seed in (1, 2)] + [("x", 0)] + [(f"photo of {text}", s) for text in "yz" for s in (4, 5)]

@@ -10,7 +10,7 @@ from PIL import Image
 from instantid_jax import jobs
 from instantid_jax.defaults import default_config, people
 from instantid_jax.job_file import JobError
-from instantid_jax.output import read_settings
+from instantid_jax.output import read_settings, weights_digest
 from instantid_jax.running import LeaseError, lease
 from instantid_jax.sample_options import SampleOptions
 
@@ -61,7 +61,7 @@ def face(tmp_path):
 
 def run(tmp_path, *lines, **given):
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return jobs.run_jobs(SampleOptions(jobs=tmp_path / "jobs.jsonl", out=tmp_path / "out", **given))
+    return jobs.run_jobs(SampleOptions(jobs=tmp_path / "jobs.jsonl", out=tmp_path / "out", watermark=False, **given))
 
 
 def report(tmp_path):
@@ -156,7 +156,7 @@ def test_the_key_knows_all_that_decides_a_picture(stub, face, tmp_path, monkeypa
     assert key(person="somebody") == keys[0] == key(steps=20)  # a name decides nothing, and a default is a value
     np.savez(tmp_path / "anna.npz", embedding=np.arange(2, DIM + 2, dtype=np.float32), kps=KPS, size=(64, 64))
     keys.append(key())
-    monkeypatch.setattr(jobs, "weights_digest", lambda folder: {"weights_sha256": "others"})
+    monkeypatch.setattr(jobs, "weights_digest", lambda folder: "others")
     keys.append(key())
     assert len(set(keys)) == len(keys)
 
@@ -179,6 +179,6 @@ def test_what_concerns_all_pictures_ends_the_run(stub, face, tmp_path):
 
 def test_weights_without_a_manifest_are_told_apart_by_their_files(tmp_path):
     (tmp_path / "a").write_text("1")
-    one = jobs._identity_of_weights(tmp_path)
+    one = weights_digest(tmp_path)
     (tmp_path / "a").write_text("2")
-    assert jobs._identity_of_weights(tmp_path) != one
+    assert weights_digest(tmp_path) != one

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from instantid_jax.output import contact_sheet, parameters_text, read_settings, save_png, save_run
+from instantid_jax.output import contact_sheet, parameters_text, read_settings, save_picture, save_run
 
 SETTINGS = {
     "prompt": "a (cat:1.2)\nin snow, ünï",
@@ -21,7 +21,7 @@ SETTINGS = {
 
 
 def test_settings_come_back(tmp_path: Path) -> None:
-    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", SETTINGS)
+    save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.png", SETTINGS)
     assert read_settings(tmp_path / "a.png") == SETTINGS
     with Image.open(tmp_path / "a.png") as image:
         text = getattr(image, "text", {})["parameters"]
@@ -31,12 +31,12 @@ def test_settings_come_back(tmp_path: Path) -> None:
 
 def test_equal_pictures_give_equal_bytes(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        save_png(Image.new("RGB", (8, 8), "red"), tmp_path / name, SETTINGS)
+        save_picture(Image.new("RGB", (8, 8), "red"), tmp_path / name, SETTINGS)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 def test_a_broken_write_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_png(Image.new("RGB", (8, 8), "red"), tmp_path / "a.png", SETTINGS)
+    save_picture(Image.new("RGB", (8, 8), "red"), tmp_path / "a.png", SETTINGS)
     before = (tmp_path / "a.png").read_bytes()
 
     def fail(self: Image.Image, path: Path, **_: Any) -> None:
@@ -45,7 +45,7 @@ def test_a_broken_write_leaves_the_old_picture(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="no space"):
-        save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", SETTINGS)
+        save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.png", SETTINGS)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
     assert (tmp_path / "a.png").read_bytes() == before
 

@@ -151,7 +151,7 @@ def test_regions_that_overlap_are_shared() -> None:
     people = check_people([person(0), person(0), person(1)], 4, request, (64, 64), 128)
     np.testing.assert_array_equal(people.masks[10, 10], [0.5, 0.5, 0, 0])
     np.testing.assert_array_equal(people.masks[10, 40], [0, 0, 1, 0])
-    assert people.embeddings.shape == (4, 128) and not people.scales[3].any()
+    assert people.embeddings.shape == (4, 128) and not people.control_scales[:, 3].any() and not people.adapter_scales[:, 3].any()
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_a_pose_is_fitted_into_a_box() -> None:
         ('[[person]]\nface = "a.jpg"\nbox = [0, 0, 1, 1]\nmask = "m.png"', "person 1: has box and mask; give one of them"),
         ("[[person]]\nface = 3\nbox = [0, 0, 1, 1]", "person 1: face must be a path, not 3"),
         ('[[person]]\nface = "a.jpg"\nboxes = 1', "person 1 has an unknown field 'boxes'; did you mean 'box'"),
-        ('[[person]]\nface = "a.jpg"\nbox = [0, 0, 1, 1]\nip_adapter_scale = nan', "ip_adapter_scale must be a number, not nan"),
+        ('[[person]]\nface = "a.jpg"\nbox = [0, 0, 1, 1]\nip_adapter_scale = nan', "ip_adapter_scale must be a finite number, not nan"),
         ('[[person]]\nface = "a.jpg"\nbox = [0, 0, 1, 1]\nface_index = 1.5', "face_index must be a whole number, not 1.5"),
         (
             '[[person]]\nname = "1"\nface = "a"\nbox = [0, 0, 1, 1]\n[[person]]\nname = "1"\nface = "b"\nbox = [0, 0, 1, 1]',

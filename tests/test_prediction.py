@@ -1,6 +1,7 @@
 """What the denoising program computes in each call and what it leaves out, on a network of two levels."""
 
 import functools
+import random
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from instantid_jax.models.unet import Residuals
 from instantid_jax.models.unet import UNet as UNetModule
 from instantid_jax.parallel.flops import count_flops, executed_flops
 from instantid_jax.prediction import Pace, Shortcuts
+from instantid_jax.strengths import adapter_places, control_places, read_strength
 
 CALLS, SIDE, WIDTH, TOKENS = 5, 8, 40, 16
 UNET = UNetConfig(
@@ -155,6 +157,38 @@ def test_both_halves_of_guidance_are_one_batch_and_the_noise_is_used_up() -> Non
     call(True, dynamic, *rest)
     assert dynamic[2].is_deleted()
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(dynamic[1]))
+
+
+# --- strengths are traced
+
+
+def test_a_thousand_schedules_compile_one_program() -> None:
+    """One without names of layers, and one with them."""
+    draw, nets, c = random.Random(0), (control_places(UNET), adapter_places(UNET)), case(halves=1)
+
+    def text() -> str:
+        a, b, until = draw.uniform(-1, 2), draw.uniform(-1, 2), draw.uniform(0.1, 0.9)
+        listed = [a, *(draw.uniform(-1, 2) for _ in range(CALLS - 1))]
+        return draw.choice([f"{a}", f"linear({a}, {b})", f"cosine({a}, {b})", f"{listed}", f"{a} until {until} then linear({b}, 0)"])
+
+    for count, named in ((1000, ""), (100, ", mid={}, up0.1={}")):
+        found, first, compiled = set(), 0, []
+
+        def listen(event: str, duration: float, **_: Any) -> None:
+            if event == "/jax/core/compile/backend_compile_duration":
+                compiled.append(event)  # noqa: B023 (used within the pass alone)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            for _ in range(count):
+                own = read_strength(text() + named.format(text(), text())).table(range(CALLS), nets[1])
+                control = read_strength(text()).table(range(CALLS), nets[0])[:, None]
+                conditions = c.conditions._replace(control_scales=jnp.asarray(control), adapter_scale=jnp.asarray(own))
+                found.add(run(c._replace(conditions=conditions), guided=False).tobytes())
+                first = first or len(compiled)
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        assert len(compiled) == first > 0 and len(found) == count
 
 
 # --- nothing left out: the exact program's numbers

@@ -8,6 +8,7 @@ import pytest
 from instantid_jax.config import tiny
 from instantid_jax.pipeline import check_call
 from instantid_jax.request import PipelineError, in_options, read_sampler_options
+from instantid_jax.strengths import read_strength
 
 
 def test_a_call_is_checked_without_a_model() -> None:
@@ -15,7 +16,7 @@ def test_a_call_is_checked_without_a_model() -> None:
     assert request.plan.num_calls == 13 and request.guided and request.clip_skip == 0
     with pytest.raises(PipelineError, match="2 values for 1 nets"):
         check_call(tiny(), prompt="x", controlnet_conditioning_scale=[1.0, 1.0])
-    assert check_call(tiny(), nets=2, prompt="x", controlnet_conditioning_scale=[1.0, 0.5]).scales == [1.0, 0.5]
+    assert check_call(tiny(), nets=2, prompt="x", controlnet_conditioning_scale=[1.0, 0.5]).scales == [read_strength(1.0), read_strength(0.5)]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
     (1)  g = u + w (c - u)                                  classifier-free guidance (arXiv 2207.12598, in diffusers' scale)
     (2)  r = p g std(c) / std(g) + (1 - p) g                rescale (arXiv 2305.08891, section 3.4)
     (3)  keep_i = 0 if i/N < start or (i+1)/N > end else 1
+    (4)  g = u + w_t (t - u) + w_i (c - t)                  guidance by branch: t has the text alone, c text and identity
 
 Scales and factors are arrays like any other: changing them compiles nothing.
 """
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-__all__ = ["classifier_free", "control_window", "rescale"]
+__all__ = ["by_branch", "classifier_free", "control_window", "rescale"]
 
 
 def classifier_free(uncond: jax.Array, cond: jax.Array, scale: ArrayLike) -> jax.Array:
@@ -26,6 +27,13 @@ def classifier_free(uncond: jax.Array, cond: jax.Array, scale: ArrayLike) -> jax
     """
     uncond, cond = uncond.astype(jnp.float32), cond.astype(jnp.float32)
     return uncond + jnp.asarray(scale, jnp.float32) * (cond - uncond)
+
+
+def by_branch(uncond: jax.Array, text: jax.Array, cond: jax.Array, text_scale: ArrayLike, identity_scale: ArrayLike) -> jax.Array:
+    """Equation (4), as u + w_i (c - u) + (w_t - w_i) (t - u): with equal scales it is equation (1), bit for bit. Float32."""
+    uncond, text = uncond.astype(jnp.float32), text.astype(jnp.float32)
+    difference = jnp.asarray(text_scale, jnp.float32) - jnp.asarray(identity_scale, jnp.float32)
+    return classifier_free(uncond, cond, identity_scale) + difference * (text - uncond)
 
 
 def rescale(guided: jax.Array, cond: jax.Array, factor: ArrayLike) -> jax.Array:

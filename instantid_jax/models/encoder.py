@@ -40,9 +40,9 @@ class IdentityContext(NamedTuple):
 
     keys_values: SiteKeysValues
     scale: Float[Array, ""] | dict[str, Array]
-    """Strength of the image adapter (`ip_adapter_scale`); by site, [l] for its layers, or [l, p] for layers and people."""
+    """Strength of the image adapter (`ip_adapter_scale`); by site, [l] for its layers, or [l, p] for layers and people or places."""
     mask: Float[Array, "b H W *p"] | None = None
-    """Where the identity acts, 0 to 1, at the picture's resolution; None is everywhere. Several people have one each."""
+    """Where the identity acts, 0 to 1, at the picture's resolution; None is everywhere. Several people, or places of one, have one each."""
 
     def at(self, site: str) -> IdentitySite:
         """The part of one `Transformer2D`."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from instantid_jax.config import ComputeConfig, ModelConfig
@@ -93,7 +94,7 @@ class Network:
             listed = {"missing": missing, "unknown": unused, "misshaped": shapes}
             parts = [f"{title} ({len(items)}): {', '.join(items[:5])}" for title, items in listed.items() if items]
             raise WeightsMismatch(f"weights do not fit {name}: " + "; ".join(parts))
-        tree = unflatten(stack_layers(flat, jnp.stack))
+        tree = unflatten(stack_layers(flat, _stack))
         return quantize(tree, self.compute.dtype) if self.int8 else tree
 
     def to_disk(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,6 +102,21 @@ class Network:
         if self.int8:
             raise WeightsMismatch("8-bit weights are rounded and not for writing: load the model without weights_dtype to export it")
         return unstack_layers(flatten(parameters))
+
+
+_ALIGNED = 64
+"""Bytes to which XLA wants arrays on the host aligned."""
+
+
+def _stack(layers: Sequence[Any]) -> Any:
+    """Equal layers one behind the other. Host arrays stay on the host, since a device would compile a program for every shape, at an address
+    that a CPU device takes as it is."""
+    if not all(isinstance(x, np.ndarray) for x in layers):
+        return jnp.stack(layers)
+    shape, size = (len(layers), *layers[0].shape), sum(x.nbytes for x in layers)
+    room = np.empty(size + _ALIGNED, np.uint8)
+    start = -room.ctypes.data % _ALIGNED
+    return np.stack(layers, out=room[start : start + size].view(layers[0].dtype).reshape(shape))
 
 
 @functools.lru_cache(maxsize=64)

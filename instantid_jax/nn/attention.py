@@ -6,7 +6,7 @@
 
 (2) is the decoupled cross-attention of InstantID (arXiv 2401.07519, section 3.3, after IP-Adapter): one query, two
 softmaxes, one output projection; s is the adapter's strength and M an optional mask over the queries. (3) is the same for
-several people p, each with a softmax and a mask of its own.
+several people p, each with a softmax and a mask of its own. Of one person s M may be a sum over places, sum_r s_r * M_r.
 """
 
 from typing import NamedTuple
@@ -40,9 +40,9 @@ class IdentitySite(NamedTuple):
     keys_values: KeysValues
     """Of several people an axis more: [*l, b, p, m, k, d]."""
     scale: Float[Array, "*p"]
-    """Strength; one for each of several people. A `Transformer2D` takes it with a leading axis of layers too."""
+    """Strength; one for each of several people, or of several places of one person. A `Transformer2D` takes it with a leading axis of layers too."""
     mask: Float[Array, "b n p"] | Float[Array, "b H W *p"] | None
-    """A weight for every query; still a picture, at any resolution, where a `Transformer2D` is given it. Several people need one."""
+    """A weight for every query; still a picture, at any resolution, where a `Transformer2D` is given it. Several people or places need one."""
 
 
 def dot_product_attention(
@@ -144,9 +144,13 @@ class Attention(nnx.Module):
             out = out + jnp.sum(weights[..., None, None] * each, axis=1)
         elif identity is not None:
             from_identity = dot_product_attention(q, *identity.keys_values, backend=self.backend)
-            if identity.mask is not None:
-                from_identity = from_identity * identity.mask[..., None].astype(from_identity.dtype)
-            out = out + identity.scale.astype(out.dtype) * from_identity
+            if identity.mask is not None and identity.mask.shape[-1] > 1:
+                weights = jnp.sum(identity.scale * identity.mask, axis=-1)
+                out = out + weights[..., None, None].astype(out.dtype) * from_identity
+            else:
+                if identity.mask is not None:
+                    from_identity = from_identity * identity.mask[..., None].astype(from_identity.dtype)
+                out = out + identity.scale.astype(out.dtype) * from_identity
         return self.to_out_0(out.reshape(x.shape))
 
 

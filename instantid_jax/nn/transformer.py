@@ -99,7 +99,7 @@ class Transformer2D(nnx.Module):
     ) -> Float[Array, "b h w c"]:
         """`context` and `identity.keys_values` are stacked over the blocks; `identity.mask` is [b, H, W] at any resolution.
 
-        `identity.scale` is a scalar, [l] for the blocks, or [l, p] for blocks and people, whose masks are then [b, H, W, p].
+        `identity.scale` is a scalar, [l] for the blocks, or [l, p] for blocks and people (or places of one), whose masks are then [b, H, W, p].
         """
         b, h, w, c = x.shape
         y = self.proj_in(self.norm(x)).reshape(b, h * w, c)

@@ -86,6 +86,10 @@ class StageReport:
     uncounted: dict[str, float]
     """Calls of custom calls, for which the compiler estimates no cycles."""
     collective_bytes: dict[str, float]
+    collective_minimum_bytes: float
+    """The fewest that split weights need; 0 where none are."""
+    largest_replicated_bytes: int
+    """Of what is whole on every device although it could be split."""
     crossing_bytes: float
     """The part of the collectives that goes between slices."""
     compile_seconds: float
@@ -127,6 +131,8 @@ def analyze(stage: Stage, chip: Chip, slices: int, mesh: jax.sharding.Mesh) -> t
         kernel_cycles=2 * inside / share,
         uncounted=work.uncounted,
         collective_bytes=work.collectives,
+        collective_minimum_bytes=stage.collective_minimum,
+        largest_replicated_bytes=stage.largest_whole,
         crossing_bytes=work.crossing,
         compile_seconds=seconds,
         compile_cpu_seconds=busy,
@@ -233,6 +239,8 @@ def summary(plan: Plan, chip: Chip, mesh: jax.sharding.Mesh, reports: list[Stage
         "estimated_cycles": sum(r.estimated_cycles for r in reports),
         "kernel_cycles_at_half_peak": sum(r.kernel_cycles for r in reports),
         "collective_bytes": collectives,
+        "collective_minimum_bytes": sum(r.collective_minimum_bytes for r in reports),
+        "largest_replicated_bytes": max(r.largest_replicated_bytes for r in reports),
         "slice_crossing_bytes": crossing,
         "compile_seconds": sum(r.compile_seconds for r in reports),
         "compile_cpu_seconds": sum(r.compile_cpu_seconds for r in reports),
@@ -275,7 +283,11 @@ def table(result: dict[str, Any]) -> str:
     peak, limit = result["hbm_peak_bytes"], result["hbm_limit_bytes"]
     lines.append(f"HBM: peak {peak / 2**30:.2f} GiB of {limit / 2**30:.2f} GiB: {'fits' if result['fits'] else 'does not fit'}")
     kinds = ", ".join(f"{kind} {count / mib:,.1f} MiB" for kind, count in sorted(result["collective_bytes"].items())) or "none"
-    lines.append(f"collectives: {kinds}")
+    least, total = result["collective_minimum_bytes"], sum(result["collective_bytes"].values())
+    bound = f"; {total / least:.2f} x the least that split weights need, {least / 2**30:.2f} GiB" if least else ""
+    lines.append(f"collectives: {kinds}{bound}")
+    if least:
+        lines.append(f"largest array that is whole on every device: {result['largest_replicated_bytes'] / mib:.2f} MiB")
     left = collections.Counter()
     for r in result["programs"]:
         left.update(r["uncounted"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from instantid_jax import denoise as sampling
 from instantid_jax.config import ModelConfig
@@ -20,11 +21,17 @@ from instantid_jax.models.unet import Residuals
 from instantid_jax.parallel.flops import count_flops, minimum_flops
 from instantid_jax.parallel.mesh import batch_sharding
 from instantid_jax.parallel.rules import shardings
+from instantid_jax.paths import flatten
 
 if TYPE_CHECKING:
     from instantid_jax.training.config import TrainConfig
 
 __all__ = ["Stage", "sample_stages", "train_stages", "unet_stages"]
+
+
+_ON_THE_WAY = ("unet", "identitynet", "adapter", "resampler")
+"""Networks through whose weights a gradient passes back."""
+_TEXT_PROJECTION = re.compile(r"/attn2/to_[kv]/")
 
 
 class Stage(NamedTuple):
@@ -39,6 +46,10 @@ class Stage(NamedTuple):
     """Bytes a device of what must stay in memory beside it: the weights of the other programs."""
     loss: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
     """A scalar function of (trained, others ...) whose value and gradient the program makes, with its arguments; None where it makes none."""
+    collective_minimum: float = 0.0
+    """Bytes a device and step that cannot but be gathered and summed (`fsdp_bound`)."""
+    largest_whole: int = 0
+    """Bytes of the largest parameter, or part of the optimizer's state, that every device has whole though there is an `fsdp` to split it over."""
 
     def minimum(self, traced: Any) -> float:
         """The fewest FLOPs that do its work, over all devices."""
@@ -156,6 +167,30 @@ def sample_stages(model: ModelConfig, compute: Any, mesh: Mesh, pictures: int, s
     return [stage._replace(resident=sum(total.values()) - sum(total[n] for n in own.get(stage.name, (stage.name,)))) for stage in stages]
 
 
+def fsdp_bound(state: Any, frozen: Any, dtype: Any, mesh: Mesh | AbstractMesh) -> tuple[float, int]:
+    """(fewest bytes that collectives give to a device in a step, bytes of the largest array that is whole): of a step that splits weights.
+
+    A split weight is gathered once for the forward pass, in the type of the arithmetic, and once more for the backward pass where a gradient
+    passes through it: not in text towers and autoencoder, nor where the UNet projects the text. A trained weight's gradient is summed once; over
+    `data` its parts are summed too.
+    """
+    size, total, largest = jnp.dtype(dtype).itemsize, 0.0, 0
+    shards, copies = mesh.shape["fsdp"], mesh.shape["data"]
+    trained = flatten(state.parameters)
+    for path, leaf in (trained | flatten(frozen)).items():
+        if shards == 1 or "fsdp" not in leaf.sharding.spec:
+            continue
+        count = size * leaf.size
+        passes = path.split("/")[0] in _ON_THE_WAY and not (path.startswith("unet/") and _TEXT_PROJECTION.search(path))
+        total += count * (1 + passes)
+        if path in trained:
+            total += count + (count / shards if copies > 1 else 0)
+    for leaf in jax.tree.leaves((state, frozen)):
+        if shards > 1 and "fsdp" not in leaf.sharding.spec:
+            largest = max(largest, leaf.size * leaf.dtype.itemsize)
+    return total, largest
+
+
 def train_stages(config: TrainConfig, mesh: Mesh) -> list[Stage]:
     """The training step."""
     from instantid_jax.training.config import MeshConfig  # these need the packages of training
@@ -176,4 +211,6 @@ def train_stages(config: TrainConfig, mesh: Mesh) -> list[Stage]:
         draws = draw(objective, jax.random.key(0), batch)
         return jnp.mean(per_sample(objective, merge(trained, frozen), batch, draws).loss)
 
-    return [Stage("train", program.step, arguments, loss=(loss, (program.abstract_state.parameters, program.abstract_frozen, batch)))]
+    bound, whole = fsdp_bound(program.abstract_state, program.abstract_frozen, config.compute.dtype, mesh)
+    learned = (loss, (program.abstract_state.parameters, program.abstract_frozen, batch))
+    return [Stage("train", program.step, arguments, loss=learned, collective_minimum=bound, largest_whole=whole)]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from instantid_jax.checkpoint import save_weights
+from instantid_jax.checkpoint import load_weights, save_weights, stored_networks
 from instantid_jax.config import ModelConfig, from_json, to_json
 from instantid_jax.models import Network
 from instantid_jax.parallel.distributed import is_main, synchronize
@@ -68,6 +68,9 @@ def _finish(folder: Path, part: Path, init: InitConfig) -> None:
     for found in sorted(base.iterdir()) if base is not None and base.is_dir() else ():
         if found.is_dir() and not (part / found.name).exists() and not found.name.startswith("."):
             shutil.copytree(found, part / found.name)
+    for name in stored_networks(base) if base is not None else ():  # those of a single file have no folder to copy
+        if not (part / name).exists():
+            save_weights(part / name, load_weights(base / name))
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

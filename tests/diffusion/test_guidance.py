@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instantid_jax.diffusion import classifier_free, control_window, rescale
+from instantid_jax.diffusion import by_branch, classifier_free, control_window, rescale
 
 
 def pair(dtype: str = "float32") -> tuple[jax.Array, jax.Array]:
@@ -27,6 +27,17 @@ def test_guidance_of_narrow_predictions_is_float32():
     guided = classifier_free(*pair("bfloat16"), 7.3)
     assert guided.dtype == jnp.float32
     np.testing.assert_array_equal(guided, classifier_free(*(a.astype(jnp.float32) for a in pair("bfloat16")), 7.3))
+
+
+def test_guidance_by_branch():
+    uncond, cond = pair()
+    text = jnp.cos(uncond + cond)
+    expected = uncond + 6.0 * (text - uncond) + 2.5 * (cond - text)
+    np.testing.assert_allclose(by_branch(uncond, text, cond, 6.0, 2.5), expected, atol=1e-5)
+    np.testing.assert_allclose(by_branch(uncond, text, cond, 1.0, 0.0), text, atol=1e-6)
+    for compiled in (lambda f: f, jax.jit):
+        for scale in (0.0, 1.0, 3.7, 7.5):
+            np.testing.assert_array_equal(compiled(by_branch)(uncond, text, cond, scale, scale), compiled(classifier_free)(uncond, cond, scale))
 
 
 def test_rescale():

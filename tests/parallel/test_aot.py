@@ -1,5 +1,6 @@
 """The compiler's account of a small program has not drifted from what docs/scale.json holds. Needs libtpu, no TPU."""
 
+import dataclasses
 import importlib
 import importlib.metadata
 import json
@@ -9,7 +10,12 @@ import jax
 import pytest
 
 from instantid_jax.parallel import aot
+from instantid_jax.parallel.aot_programs import fsdp_bound
+from instantid_jax.training.program import Program
+from instantid_jax.training.recipes import load_recipe
 
+BOUND = 19.938
+"""GiB."""
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((ROOT / "docs/scale.json").read_text(encoding="utf-8"))
 
@@ -20,6 +26,22 @@ def test_every_recorded_case_has_the_figures_that_are_promised() -> None:
     for name, result in RECORDED.items():
         assert wanted <= result.keys(), name
         assert result["fits"] == (result["hbm_peak_bytes"] <= result["hbm_limit_bytes"]) or not result["fits"], name
+
+
+def test_full_size_training_leaves_nothing_large_whole_and_knows_its_bound() -> None:
+    """InstantID on SDXL over 16 devices: the least that must be gathered and summed, and the largest array that is not split."""
+    mesh = jax.sharding.AbstractMesh((1, 16, 1), ("data", "fsdp", "tensor"))
+    config = load_recipe(str(ROOT / "configs/instantid.py"))
+    config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, global_batch=16))
+    program = Program(config, mesh)
+    bound, whole = fsdp_bound(program.abstract_state, program.abstract_frozen, "bfloat16", mesh)
+    assert bound / 2**30 == pytest.approx(BOUND, rel=1e-3)
+    assert whole <= 4 * 2**20
+    sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in (program.abstract_state.parameters | program.abstract_frozen).items()}
+    way = sum(sizes[name] for name in ("unet", "identitynet", "adapter", "resampler"))
+    trained = sum(sizes[name] for name in ("identitynet", "adapter", "resampler"))
+    assert 0.96 < bound / (2 * (sum(sizes.values()) + way + trained)) < 1  # small ones stay whole, the text is projected once
+    assert fsdp_bound(program.abstract_state, program.abstract_frozen, "float32", mesh)[0] == 2 * bound
 
 
 def test_wrong_arguments_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

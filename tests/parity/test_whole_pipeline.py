@@ -40,6 +40,7 @@ class IdentityProcessor(torch.nn.Module):
         super().__init__()
         self.key, self.value = key, value
         self.region: torch.Tensor | None = None
+        self.scale, self.outside = ADAPTER_SCALE, 0.0
 
     def __call__(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
         text, identity = encoder_hidden_states[:, :-TOKENS], encoder_hidden_states[:, -TOKENS:]
@@ -47,8 +48,11 @@ class IdentityProcessor(torch.nn.Module):
         own = attend(query, linear(identity, self.key), linear(identity, self.value), attn.heads)
         if self.region is not None:
             ratio = (self.region.numel() / query.shape[1]) ** 0.5
-            own = own * interpolate(self.region[None, None], scale_factor=1 / ratio, mode="nearest").reshape(1, -1, 1)
-        return attn.to_out[0](attend(query, attn.to_k(text), attn.to_v(text), attn.heads) + ADAPTER_SCALE * own)
+            region = interpolate(self.region[None, None], scale_factor=1 / ratio, mode="nearest").reshape(1, -1, 1)
+            own = own * (self.scale * region + self.outside * (1 - region))
+        else:
+            own = own * self.scale
+        return attn.to_out[0](attend(query, attn.to_k(text), attn.to_v(text), attn.heads) + own)
 
 
 def resampler(w: Weights, embedding: torch.Tensor) -> torch.Tensor:

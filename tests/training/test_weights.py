@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 import small
+from safetensors.numpy import save_file
 
-from instantid_jax.checkpoint import load_weights, save_weights
+from instantid_jax.checkpoint import load_weights, save_weights, stored_networks
 from instantid_jax.config import ModelConfig, from_json, to_json
 from instantid_jax.paths import flatten
 from instantid_jax.training import weights as module
@@ -39,6 +40,17 @@ def test_what_is_written_is_what_was_trained_and_the_rest_is_copied(given):
         assert np.array_equal(load_weights(folder / "weights" / "other")["x"], [1, 1])
         assert saved_model(folder / "weights") == small.model()
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".weights")]
+
+
+def test_networks_of_a_single_file_are_not_lost(given):
+    networks, parameters, folder, _ = given
+    base = folder / "shipped"
+    base.mkdir()
+    save_file({"other/x": np.ones(2, np.float16), "recognizer/y": np.zeros(1, np.float16)}, base / "weights.safetensors")
+    export_weights(folder / "weights", small.model(), networks, parameters, InitConfig(weights=str(base)), folder)
+    assert stored_networks(base) == stored_networks(folder / "weights") == ["other", "recognizer"]
+    assert np.array_equal(load_weights(folder / "weights" / "other")["x"], [1, 1])
+    assert "y" not in load_weights(folder / "weights" / "recognizer")
 
 
 def test_a_failure_leaves_what_was_there(given, monkeypatch):
