@@ -26,7 +26,7 @@ def arrays(path: Path, size: tuple[int, int]) -> np.ndarray:
 def test_commands_draw(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     arguments = shlex.split(command.removeprefix("python sample.py "))
-    assert sample.main([*arguments, "--steps", "4", "--out", str(tmp_path)]) == 0
+    assert sample.main([*arguments, "--steps", "4", "--no-watermark", "--out", str(tmp_path)]) == 0
     (first,) = (path for path in tmp_path.iterdir() if path.name != "sheet.png")
     settings = read_settings(first)
     assert len(settings["init_sha256"]) == 1 and "init_image" not in settings
