@@ -114,7 +114,7 @@ def run(given: SampleOptions, replay: Replay | None = None) -> list[Path]:
     call |= initial_of(s)
     analyzer = functools.cache(lambda: load_analyzer(s.analyzer or config.face_analyzer, s.analyzer_root))
     try:
-        place = s.pose or (None if s.only_refined or listed is not None else s.init_image)
+        place = s.pose or (s.init_image if listed is None else None)
         pose = read_identity((place,), analyzer, face_index=s.pose_face_index) if place else None
     except FaceError as error:
         raise ValueError(str(error).replace("--face-index", "--pose-face-index")) from error

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,7 @@ from instantid_jax.evaluation.judges import load_judge
 from instantid_jax.evaluation.panel import make_panel
 from instantid_jax.face import FaceError, load_analyzer
 from instantid_jax.output import contact_sheet
+from instantid_jax.progress import StepBar
 
 SIDE, HEAD, SCENE, CORNER = 64, 40, (144, 96), (52, 56)
 STRENGTHS = {"guidance_scale": 3.0, "controlnet_conditioning_scale": 1.4, "ip_adapter_scale": 0.5}
@@ -56,7 +58,12 @@ def main() -> None:
     pipe, judge = default_pipeline(), load_judge("dlib")
     analyzer = load_analyzer(pipe.config.face_analyzer)
     panel = make_panel(PortraitWorld(image_size=SIDE), a.people, analyzer)
-    options = STRENGTHS | {"num_inference_steps": a.steps}
+    calls = a.steps + sum(3 * int(a.steps * strength) for strength in a.strengths)
+    with StepBar(a.people * calls) as bar:
+        _measure(a, pipe, judge, analyzer, panel, STRENGTHS | {"num_inference_steps": a.steps, "on_step": bar.on_step})
+
+
+def _measure(a: argparse.Namespace, pipe: Any, judge: Any, analyzer: Any, panel: Any, options: dict[str, Any]) -> None:
     made = []
     for i in range(a.people):
         points = draw_keypoints((SIDE, SIDE), panel.keypoints[i], pipe.config.keypoint_scale)

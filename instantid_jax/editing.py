@@ -6,8 +6,9 @@
     mask, after each step       z <- m z + (1 - m) add_noise(z_0, e) at the level reached; after the last one z_0        (4)
     picture                     x <- M x + (1 - M) x_0                                                                   (5)
 
-as diffusers' SDXL ControlNet pipelines for image to image and inpainting do with 4-channel UNets. M is the mask in pixels, with its blur; m is
-M >= 1/2 at every eighth pixel. The number of steps made is traced, so another strength, picture or mask compiles nothing.
+as diffusers' SDXL ControlNet pipelines for image to image and inpainting do with 4-channel UNets. M is the mask in pixels, with its blur;
+m is M >= 1/2 at the first pixel of each latent one (of SDXL every eighth). The number of steps made is traced, so another strength,
+picture or mask compiles nothing.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from instantid_jax.data.drawing import draw_keypoints
 from instantid_jax.face import Face, FaceAnalyzer, FaceError, find_faces, largest_face, to_rgb
 from instantid_jax.people import Person
 from instantid_jax.pipeline import InstantIDPipeline, check_call
-from instantid_jax.request import PipelineError, check_number
+from instantid_jax.request import PipelineError, Request, check_number
 from instantid_jax.strengths import multiplied
 
 __all__ = ["FEATHER", "MARGIN", "STRENGTH", "Refined", "crop_box", "feathered", "paste", "refine_face", "refine_people"]
@@ -131,18 +131,19 @@ def refine_people(
 ) -> list[Refined | FaceError]:
     """`refine_face` for each person of a picture whose regions are known; the last `Refined` has the picture with all of them.
 
-    A face is the person's in whose region the centre of its box lies (of overlapping ones that with the larger weight); of several
-    faces of one person the largest counts. For a person whose face is not found or large enough there is the error that says so.
+    A region that is an array of another size than the picture's is resized. A face is the person's in whose region the centre of its box
+    lies (of overlapping ones that with the larger weight); of several faces of one person the largest counts. For a person whose face
+    is not found, or large enough already, there is the error that says so.
     """
     picture = _rgb(picture)
     request = check_call(pipe.config, prompt=prompt)
     size = picture.height, picture.width
-    masks = [request.mask(person.region, size, "region") for person in people]
+    masks = [_region(request, person.region, picture.size) for person in people]
     owned: dict[int, Face] = {}
     for face in sorted(find_faces(analyzer, picture, name="the picture to refine"), key=lambda face: -face.area):
         x, y = np.clip(face.bbox.reshape(2, 2).mean(axis=0).astype(int), 0, (size[1] - 1, size[0] - 1))
-        weights = [0.0 if mask is None else float(mask[y, x]) for mask in masks]
-        if max(weights) > 0:
+        weights = [float(mask[y, x]) for mask in masks]
+        if max(weights, default=0.0) > 0:
             owned.setdefault(int(np.argmax(weights)), face)
     done: list[Refined | FaceError] = []
     scale, own = call.pop("controlnet_conditioning_scale", 1.0), call.pop("ip_adapter_scale", pipe.ip_adapter_scale)
@@ -190,6 +191,15 @@ def _refined(
     enlarged = _square(picture, box, side)
     images = pipe(prompt, [keypoints, *others], image_embeds, init_image=enlarged, strength=strength, height=side, width=side, **call).images
     return Refined(paste(picture, images[0], box, feather), box, face)
+
+
+def _region(request: Request, region: Any, size: tuple[int, int]) -> np.ndarray:
+    """A person's region [H, W] in [0, 1] in a picture of ``size = (width, height)``."""
+    shape = np.shape(region)
+    mask = request.mask(region, (size[1], size[0]) if len(shape) < 2 else (shape[0], shape[1]), "region")
+    if mask is None:
+        raise PipelineError("region is missing; give a mask or a box")
+    return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.BILINEAR))
 
 
 def _square(picture: Image.Image, box: Box, side: int) -> Image.Image:

@@ -72,6 +72,8 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
         "control_start": "Control starts at",
         "control_end": "Control ends at",
         "preset": "Preset",
+        "strength": "Denoising strength",
+        "mask_blur": "Mask blur",
         "lora": "LoRAs",
         "lora_scale": "LoRA strengths",
         "controlnet": "ControlNets",

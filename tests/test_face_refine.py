@@ -109,7 +109,7 @@ def test_everybody_with_their_own_identity_and_strengths() -> None:
     people = [
         Person(EMBEDDING, None, (100, 0, 200, 150), ip_adapter_scale=0.5),
         Person(2 * EMBEDDING, None, (0, 0, 100, 150), identitynet_scale=0.25),
-        Person(3 * EMBEDDING, None, (90, 100, 110, 150)),
+        Person(3 * EMBEDDING, None, np.pad(np.ones((10, 4), np.float32), ((20, 0), (18, 18)))),  # of another size: it is resized
     ]
     pipe = Painter()
     options = {"controlnet_conditioning_scale": [0.8], "ip_adapter_scale": 0.6}

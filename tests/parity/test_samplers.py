@@ -259,13 +259,13 @@ def test_inpainting(name, monkeypatch):
         expected = reference(oracle(name, config), steps, monkeypatch, start=start, sample=sample, mask=mask)
         sampler = make_sampler(name, config)
         plan = sampler.plan(steps, start)
-        noise = draws(1 + plan.num_calls)
+        noise = jnp.asarray(draws(1 + plan.num_calls))
         state = sampler.init(sampler.add_noise(jnp.asarray(sample), noise[0], plan))
         found = [state.sample]
         for i in range(plan.num_calls):
             row, following = ({key: column[j] for key, column in plan.rows.items()} for j in (i, min(i + 1, plan.num_calls - 1)))
             output = network(sampler.model_input(state, row), row["timestep"], jnp)
-            state = sampler.step(state, output, row, jnp.asarray(noise[1 + i]) if plan.needs_noise else None)
+            state = sampler.step(state, output, row, noise[1 + i] if plan.needs_noise else None)
             kept = sampler.noised(jnp.asarray(sample), noise[0], following) if i + 1 < plan.num_calls else sample
             state = state._replace(sample=(1 - mask) * kept + mask * state.sample)
             found.append(state.sample)
