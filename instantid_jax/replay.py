@@ -51,9 +51,9 @@ def recorded_options(recorded: Mapping[str, Any]) -> SampleOptions:
     """The options that settings of `read_recorded` tell: all but files and folders."""
     hints = typing.get_type_hints(SampleOptions)
     kept = {name for name in hints if name in recorded and name not in ("weights", "lora", "controlnet", "analyzer_root", "style", "face")}
-    values = {name: tuple(recorded[name]) if isinstance(recorded[name], list) else recorded[name] for name in kept}
-    texts = {name: literal(values[name]) for name in ("prompt", "negative_prompt") if values.get(name) is not None}
-    return SampleOptions(**values | texts)
+    values: dict[str, Any] = {name: tuple(recorded[name]) if isinstance(recorded[name], list) else recorded[name] for name in kept}
+    values.update((name, literal(values[name])) for name in ("prompt", "negative_prompt") if values.get(name) is not None)
+    return SampleOptions(**values)
 
 
 class Replay:
@@ -206,7 +206,7 @@ class Replay:
             self.changed |= {f"{kind}_sha256", "model", "weights"} if kind == "weights" else {"analyzer_sha256", "analyzer_root"}
 
     def _stored_face(self, scratch: Path) -> Path:
-        about = {"embedding": np.asarray(self.recorded["face_vector"], np.float32)}
+        about: dict[str, Any] = {"embedding": np.asarray(self.recorded["face_vector"], np.float32)}
         if self.recorded.get("face_keypoints") is not None:
             about |= {"kps": np.asarray(self.recorded["face_keypoints"], np.float32), "size": np.asarray(self.recorded["face_size"])}
         np.savez(scratch / "recorded.npz", **about)
