@@ -106,7 +106,9 @@ def run(given: SampleOptions, replay: Replay | None = None) -> list[Path]:
         raise OptionError("--control-mask has no meaning for the people who come along; name a photo with --face")
     check_folder(s.out)
     s = on_initial_canvas(s)
-    call, config = s.call(), model_config(s)
+    with wrong_options():
+        call = s.call()
+    config = model_config(s)
     loras = read_loras(s.lora, config, s.allow_unknown_lora_keys)
     with wrong_options():
         variants = variants or compared_variants(s, config)

@@ -49,7 +49,7 @@ def test_a_run_without_weights_makes_pictures_twice_alike(tmp_path: Path) -> Non
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     settings = read_settings(tmp_path / "a" / drawn[1])
     found = [settings[name] for name in ("seed", "size", "model", "prompt", "face", "steps", "guidance_scale")]
-    assert found == [1, "64x64", "the small model", list(PROMPTS.values())[1], people()[0].name, 2, 3.0]
+    assert found == [1, "64x64", "the small model", list(PROMPTS.values())[1], people()[0].name, 2, 2.0]
     with Image.open(tmp_path / "a" / "sheet.png") as image:
         assert image.width > image.height > 600
 
@@ -188,6 +188,7 @@ def test_every_option_reaches_the_call(stub: Stub, tmp_path: Path) -> None:
         "num_inference_steps": 9, "sampler_options": {"eta": 0.5}, "control_guidance_start": 0.1, "control_guidance_end": 0.9,
         "controlnet_conditioning_scale": [0.7, 0.5, 0.4], "guidance_start": 0.2, "guidance_end": 0.8, "cache_interval": 3,
         "cache_branch_id": 1, "control_interval": 2, "vae_tiling": "even", "vae_tile_size": 512,
+        "identity_guidance_scale": None, "negative_identity_noise": 0.0, "negative_identity_seed": 0, "strength": None,
     }  # fmt: skip
     stored = read_settings(tmp_path / "out" / "000006.png")
     assert stored["seed"] == 6 and stored["weights"] == "w" and stored["controlnet"] == ["a", "b"] and stored["control_scale"] == [0.5, 0.4]
@@ -276,7 +277,7 @@ def test_too_little_memory_is_one_sentence(make: Callable[[], BaseException], st
         ("--preset hyper-1 --sampler-option eta=0.5 --steps 4", ("tcd", 4, 0.0, {"eta": 0.5})),
         ("--preset lcm --guidance-scale 1.5", ("lcm", 4, 1.5, {})),
         ("--preset hyper-8 --sampler unipc", ("unipc", 8, 0.0, {})),
-        ("--sampler-option timestep_spacing=trailing", ("euler", 20, 3.0, {"timestep_spacing": "trailing"})),
+        ("--sampler-option timestep_spacing=trailing", ("euler", 20, 2.0, {"timestep_spacing": "trailing"})),
     ],
 )
 def test_presets_are_settings_that_can_be_changed(options: str, expected: tuple[Any, ...], stub: Stub, tmp_path: Path) -> None:
