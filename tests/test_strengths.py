@@ -357,25 +357,27 @@ def equations(jaxpr: Any) -> Any:
 
 @pytest.mark.parametrize("mask", [None, (8, 8, 40, 48)])
 def test_every_form_reaches_the_picture(pipe: InstantIDPipeline, mask: Any) -> None:
-    forms = (1.0, "linear(1, 0)", "cosine(1, 0)", "1 until 0.7 then 0", [1, 0, 0], "down=0, mid=1, up=1", "1, up0.1=0")
+    forms = (1.0, "linear(1, 0)", "cosine(1, 0)", "1 until 0.7 then 0", [1, 0, 0, 0], "down=0, mid=1, up=1", "1, up0.1=0")
     forms = (*forms, "inside: 1; outside: 0.5", "inside: 0.5; outside: 1") if mask else forms
-    pictures = [make(pipe, control_mask=mask, ip_adapter_scale=form) for form in forms]
+    pictures = [make(pipe, num_inference_steps=4, control_mask=mask, ip_adapter_scale=form) for form in forms]
     forms = (1.0, "linear(1, 0)", "1 until 0.7 then 0", "down=1, mid=0", "1, down0=0", "1, down0.0=0")
-    pictures += [make(pipe, control_mask=mask, controlnet_conditioning_scale=[form]) for form in forms]
-    assert all(np.abs(a - b).max() > 1e-4 for i, a in enumerate(pictures) for b in pictures[:i])
+    pictures += [make(pipe, num_inference_steps=4, control_mask=mask, controlnet_conditioning_scale=[form]) for form in forms]
+    same = [(i, j) for i, a in enumerate(pictures) for j, b in enumerate(pictures[:i]) if np.abs(a - b).max() <= 1e-4]
+    assert not same
 
 
 def test_strengths_outside_of_a_mask(pipe: InstantIDPipeline) -> None:
+    """Tolerances are 1e-5 of the largest latent: the sums are the same in another order."""
     box, both = (8, 8, 40, 48), ("ip_adapter_scale", "controlnet_conditioning_scale")
     grey = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
     for mask in (box, grey):
         same = make(pipe, control_mask=mask, **dict.fromkeys(both, "inside: 0.7; outside: 0.7"))
-        np.testing.assert_allclose(same, make(pipe, **dict.fromkeys(both, 0.7)), atol=2e-5)
+        np.testing.assert_allclose(same, make(pipe, **dict.fromkeys(both, 0.7)), atol=1e-4)
         inside = make(pipe, control_mask=mask, **dict.fromkeys(both, "inside: 0.7; outside: 0"))
-        np.testing.assert_allclose(inside, make(pipe, control_mask=mask, **dict.fromkeys(both, 0.7)), atol=2e-5)
+        np.testing.assert_allclose(inside, make(pipe, control_mask=mask, **dict.fromkeys(both, 0.7)), atol=1e-4)
     # The sides of a mask exchanged are the sides of the other mask.
     swapped = make(pipe, control_mask=1 - grey, **dict.fromkeys(both, "inside: 0.2; outside: linear(1, 0)"))
-    np.testing.assert_allclose(swapped, make(pipe, control_mask=grey, **dict.fromkeys(both, "inside: linear(1, 0); outside: 0.2")), atol=2e-5)
+    np.testing.assert_allclose(swapped, make(pipe, control_mask=grey, **dict.fromkeys(both, "inside: linear(1, 0); outside: 0.2")), atol=1e-4)
     with pytest.raises(PipelineError, match="a strength outside needs a control_mask, which says where that is"):
         make(pipe, ip_adapter_scale="inside: 1; outside: 0")
 
