@@ -12,6 +12,7 @@ from instantid_jax.data.drawing import draw_keypoints
 from instantid_jax.face import Face, FaceError
 from instantid_jax.face_refine import crop_box, feathered, paste, refine_face, refine_people
 from instantid_jax.pipeline import PipelineError
+from instantid_jax.strengths import multiplied
 
 CONFIG = tiny()
 SIDE = CONFIG.unet.sample_size * CONFIG.vae.downscale
@@ -118,7 +119,7 @@ def test_everybody_with_their_own_identity_and_strengths() -> None:
     assert first.face.kps[0, 0] > 140 and second.face.kps[0, 0] < 40
     assert isinstance(nobody, FaceError) and "region of person 2" in str(nobody)
     told = [(c["image_embeds"][0], c["controlnet_conditioning_scale"], c["ip_adapter_scale"]) for c in pipe.calls]
-    assert told == [(1.0, [0.8], 0.3), (2.0, [0.2], 0.6)]
+    assert told == [(1.0, [multiplied(0.8, 1.0)], multiplied(0.6, 0.5)), (2.0, [multiplied(0.8, 0.25)], multiplied(0.6, 1.0))]
     both = (np.asarray(second.picture) != np.asarray(PICTURE)).any(axis=-1)
     assert both[28, 27] and both[72, 150]
 
