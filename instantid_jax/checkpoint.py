@@ -86,7 +86,7 @@ def load_weights(directory: str | Path, dtype: str | None = None, shardings: Map
             wanted = {path: _abstract(leaf, dtype, None if shardings is None else shardings[path]) for path, leaf in described.items()}
             maps = _mapped(directory, described)
             if maps is not None and all(place.is_fully_addressable for place in (shardings or {}).values()):
-                _read_ahead([Path(x.filename) for x in maps.values()])
+                _read_ahead([Path(str(x.filename)) for x in maps.values()])
             arrays = ocp.load(str(directory), wanted) if maps is None else {path: _as_wanted(maps[path], like) for path, like in wanted.items()}
     except WeightsError:
         raise

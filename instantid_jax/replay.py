@@ -54,8 +54,8 @@ def recorded_options(recorded: Mapping[str, Any]) -> SampleOptions:
     hints = typing.get_type_hints(SampleOptions)
     kept = {name for name in hints if name in recorded and name not in ("weights", "lora", "controlnet", "analyzer_root", "style", "face")}
     values: dict[str, Any] = {name: tuple(recorded[name]) if isinstance(recorded[name], list) else recorded[name] for name in kept}
-    texts = {name: literal(values[name]) for name in ("prompt", "negative_prompt") if values.get(name) is not None}
-    return SampleOptions(**values | texts)
+    values |= {name: literal(values[name]) for name in ("prompt", "negative_prompt") if values.get(name) is not None}
+    return SampleOptions(**values)
 
 
 class Replay:

@@ -42,7 +42,7 @@ TILE = 256
 _BAND = (0.04, 0.24)
 _FLOOR = 2.0
 _SOFT = 8.0  # of (1) while marking; larger than _FLOOR so that coefficients are moved beyond what JPEG rounds away
-_LUMA = np.float32([0.299, 0.587, 0.114])
+_LUMA = np.asarray([0.299, 0.587, 0.114], np.float32)
 _SCALES = (1.0, 2.0, 0.5, 4.0, 4 / 3, 1.5, 2 / 3, 0.75)
 _MAX_PIXELS = 1 << 24
 
@@ -108,7 +108,7 @@ def detect_watermark(image: Image.Image) -> Detection:
 
 @functools.cache
 def _tile() -> np.ndarray:
-    return np.random.default_rng(0x1D).choice(np.float32([-1, 1]), size=(TILE, TILE))
+    return np.random.default_rng(0x1D).choice(np.asarray([-1, 1], np.float32), size=(TILE, TILE))
 
 
 def _signs(h: int, w: int) -> np.ndarray:

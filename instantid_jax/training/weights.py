@@ -68,9 +68,9 @@ def _finish(folder: Path, part: Path, init: InitConfig) -> None:
     for found in sorted(base.iterdir()) if base is not None and base.is_dir() else ():
         if found.is_dir() and not (part / found.name).exists() and not found.name.startswith("."):
             shutil.copytree(found, part / found.name)
-    for name in stored_networks(base) if base is not None else ():  # those of a single file have no folder to copy
-        if not (part / name).exists():
-            save_weights(part / name, load_weights(base / name))
+    missing = [] if base is None else [base / name for name in stored_networks(base) if not (part / name).exists()]
+    for network in missing:  # those of a single file have no folder to copy
+        save_weights(part / network.name, load_weights(network))
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
