@@ -52,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--people", type=int, default=20, help="how many, at most 1000")
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.3, 0.5, 0.7])
+    parser.add_argument("--margin", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, required=True, help="folder for the figures and a sheet")
     a = parser.parse_args()
@@ -77,7 +78,9 @@ def _measure(a: argparse.Namespace, pipe: Any, judge: Any, analyzer: Any, panel:
             shown = [(f"{name} {i}", picture)]
             try:
                 for strength in a.strengths:
-                    refined = refine_face(pipe, picture, analyzer, panel.prompts[i], panel.embeddings[i, 0], strength=strength, seed=i, **options)
+                    refined = refine_face(
+                        pipe, picture, analyzer, panel.prompts[i], panel.embeddings[i, 0], strength=strength, margin=a.margin, seed=i, **options
+                    )
                     after[strength].append(judge.embed(np.asarray(refined.picture), refined.face.kps) @ reference)
                     shown.append((f"refined {strength:g}", refined.picture))
             except FaceError:
@@ -91,7 +94,9 @@ def _measure(a: argparse.Namespace, pipe: Any, judge: Any, analyzer: Any, panel:
         result[name] = told
         print(f"{name}: {told}", flush=True)
     a.out.mkdir(parents=True, exist_ok=True)
-    (a.out / "refine_face.json").write_text(json.dumps({"people": a.people, "judge": judge.name, "steps": a.steps, **result}, indent=1) + "\n")
+    (a.out / "refine_face.json").write_text(
+        json.dumps({"people": a.people, "judge": judge.name, "steps": a.steps, "margin": a.margin, **result}, indent=1) + "\n"
+    )
     contact_sheet(tiles, columns=1 + len(a.strengths), side=216).save(a.out / "sheet.png")
 
 

@@ -28,7 +28,7 @@ CALL = {
     "denoising_start": "give strength: it says how many of the steps are made",
     "control_image": "give image: the keypoint picture, and a list with those of other ControlNets; the picture to begin with is init_image",
     "masked_image_latents": "give init_image and mask_image",
-    "padding_mask_crop": "give a box around the place to face_refine.crop_box, or refine the face with refine_face",
+    "padding_mask_crop": "crop the picture before and paste it after, or redraw a face with refine_face, which does both",
     "image_emb": "give image_embeds",
     "ip_adapter_image": "give image_embeds, the face's embedding",
     "ip_adapter_image_embeds": "give image_embeds, the face's embedding",
