@@ -29,7 +29,7 @@ def config() -> TrainConfig:
         loader=LoaderConfig(global_batch=32, resolution=64, cached_latents=True, keypoint_style="none", num_threads=1),
         stage=StageConfig(objective="recognize", trainable=(r"^recognizer/",)),
         init=InitConfig(weights=VAE, from_base=(), random=("recognizer",)),
-        loss=LossConfig(timesteps="stratified"),
+        loss=LossConfig(timesteps="stratified", shift=2),
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup=100, weight_decay=0.05, ema=0.998),
         checkpoint=CheckpointConfig(every=500),
         log=LogConfig(every=100),

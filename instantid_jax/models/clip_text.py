@@ -79,15 +79,20 @@ class CLIPLayer(nnx.Module):
 
 
 class CLIPEmbeddings(nnx.Module):
-    """Token embedding plus position embedding."""
+    """Token embedding plus position embedding.
+
+    Rows are cast after they are looked up: the gradient of a token that stands in many places, as the padding does, is then a sum in
+    the table's own float32. In bfloat16 it stops growing after some hundred terms.
+    """
 
     def __init__(self, config: CLIPTextConfig, *, compute: ComputeConfig, rngs: nnx.Rngs):
-        dtype = jnp.dtype(compute.dtype)
-        self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.position_embedding = nnx.Embed(config.max_position_embeddings, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.dtype = jnp.dtype(compute.dtype)
+        self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.position_embedding = nnx.Embed(config.max_position_embeddings, config.hidden_size, rngs=rngs)
 
     def __call__(self, ids: Int[Array, "b n"]) -> Float[Array, "b n c"]:
-        return self.token_embedding(ids) + self.position_embedding(jnp.arange(ids.shape[1]))
+        tokens, positions = self.token_embedding(ids), self.position_embedding(jnp.arange(ids.shape[1]))
+        return tokens.astype(self.dtype) + positions.astype(self.dtype)
 
 
 class CLIPEncoder(nnx.Module):

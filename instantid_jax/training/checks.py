@@ -33,6 +33,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "loss.kl_weight": (0, math.inf),
     "loss.gradient_weight": (0, math.inf),
     "loss.crop": (1, math.inf),
+    "loss.shift": (0, math.inf),
     "optimizer.learning_rate": (0, math.inf),
     "optimizer.warmup": (0, math.inf),
     "optimizer.hold": (0, 1),

@@ -117,6 +117,8 @@ class LossConfig:
     """Autoencoder: weight of the L1 error of horizontal and vertical differences, which keeps edges sharp."""
     crop: int | None = None
     """Autoencoder: train on random crops of this many pixels; None is whole pictures."""
+    shift: int = 0
+    """Recogniser of latents: move every picture at random by up to so many latent pixels each way, so that it learns faces, not pictures."""
 
 
 @dataclasses.dataclass(frozen=True)

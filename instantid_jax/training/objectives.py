@@ -58,6 +58,8 @@ def draw(objective: Objective, key: Array, batch: Batch) -> dict[str, Array]:
         return out | {"crop": jax.random.uniform(keys["crop"], (count, 2))}
     out["noise"] = jax.random.normal(keys["noise"], (count, *shape))
     out["times"] = draw_times(loss, keys["times"], count, model.scheduler.num_train_timesteps)
+    if objective.stage.objective == "recognize" and loss.shift:
+        out["shift"] = jax.random.randint(keys["crop"], (count, 2), -loss.shift, loss.shift + 1)
     if loss.noise_offset:
         out["noise"] += loss.noise_offset * jax.random.normal(keys["offset"], (count, 1, 1, shape[-1]))
     if loss.input_perturbation:
@@ -217,6 +219,8 @@ def _crop(image: Array, where: Array, size: int, grid: int) -> Array:
 def _recognize(objective: Objective, parameters: Parameters, batch: Batch, draws: Batch) -> PerSample:
     """Recogniser of latents: 1 - cos to the embedding of the same picture, under the noise that early predictions have."""
     clean = jax.lax.stop_gradient(clean_latents(objective, parameters, batch, draws))
+    if "shift" in draws:  # what leaves on one side comes in on the other
+        clean = jax.vmap(lambda picture, by: jnp.roll(picture, by, axis=(0, 1)))(clean, draws["shift"])
     strength = draws["times"][:, None, None, None] / objective.model.scheduler.num_train_timesteps
     read = objective.networks["recognizer"].bind(parameters["recognizer"])(clean + 0.5 * strength * draws["noise"])
     distance = 1 - cosine(read, batch["embedding"])

@@ -211,6 +211,25 @@ def test_the_recogniser_learns_the_embedding_under_the_noise_of_the_time():
     np.testing.assert_allclose(rows.loss, wanted, rtol=1e-4)
 
 
+def test_shifted_pictures_come_in_again_on_the_other_side():
+    stage = StageConfig(objective="recognize", trainable=(r"^recognizer/",))
+    objective, weights, _ = fakes.objective(LossConfig(shift=2), stage)
+    # What the fake reads does not depend on where things lie: one that does sees the pictures move.
+    objective.networks["recognizer"] = fakes.Fake(lambda w: lambda latents: latents[:, 0, 0] @ w["a"])
+    batch = fakes.batch()
+    draws = draw(objective, fakes.key(), batch)
+    by = np.asarray(draws["shift"])
+    assert by.shape == (8, 2) and by.min() >= -2 and by.max() <= 2 and len(np.unique(by)) > 2
+    strength = np.asarray(draws["times"])[:, None, None, None] / 1000
+    moved = np.stack([np.roll(z, tuple(b), (0, 1)) for z, b in zip(clean(batch, draws), by, strict=True)])
+    read = (moved + 0.5 * strength * draws["noise"])[:, 0, 0] @ np.asarray(weights["recognizer"]["a"])
+    e = batch["embedding"]
+    wanted = 1 - (read * e).sum(-1) / np.linalg.norm(read, axis=-1) / np.linalg.norm(e, axis=-1)
+    np.testing.assert_allclose(per_sample(objective, weights, batch, draws).loss, wanted, rtol=1e-4)
+    plain, _, _ = fakes.objective(stage=stage)
+    assert "shift" not in draw(plain, fakes.key(), batch)
+
+
 def test_draws_are_for_the_whole_batch_and_by_the_key_alone():
     objective, _, _ = fakes.objective(LossConfig(noise_offset=0.1, input_perturbation=0.1))
     one, same, other = (draw(objective, fakes.key(n), fakes.batch(seed=seed)) for n, seed in ((0, 0), (0, 1), (1, 0)))
