@@ -22,7 +22,7 @@ try:
     from instantid_jax.options import OptionError, check_folder, status_of, wrong_options
     from instantid_jax.parallel.distributed import is_main, join, leave, synchronize
     from instantid_jax.running import keep_compiled, noted_signals
-    from instantid_jax.training.checks import prepared_folder
+    from instantid_jax.training.checks import missing_data
     from instantid_jax.training.config import TrainConfig
     from instantid_jax.training.loop import BadSteps, Run, train
     from instantid_jax.training.plan import dry_run, explain_sharding
@@ -103,13 +103,12 @@ def run(command: Command) -> int:
 def prepare_data(config: TrainConfig) -> None:
     """Makes the data sets that are missing, by the recipe's own commands. Raises ValueError where that fails."""
     if is_main():
-        for line in config.prepare:
-            if not any(prepared_folder(line).glob("**/dataset_info.json")):  # what was cut off has none, and is made again
-                from instantid_jax.data.prepare import main as prepare  # needs more packages than training does
+        for line in missing_data(config.prepare, config.data):
+            from instantid_jax.data.prepare import main as prepare  # needs more packages than training does
 
-                print(f"preparing data: {line}", flush=True)
-                if prepare(shlex.split(line)):
-                    raise ValueError(f"the data could not be prepared by: python -m instantid_jax.data.prepare {line}")
+            print(f"preparing data: {line}", flush=True)
+            if prepare(shlex.split(line)):
+                raise ValueError(f"the data could not be prepared by: python -m instantid_jax.data.prepare {line}")
     synchronize("data", timeout=7 * 24 * 3600)
 
 

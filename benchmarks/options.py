@@ -35,7 +35,7 @@ from instantid_jax.pipeline import InstantIDPipeline, check_call
 
 STEPS, SIDE, SMALL = 30, 1024, 64
 CALL = {"prompt": PROMPTS["photo"], "negative_prompt": None, "num_images_per_prompt": 1, "width": None, "height": None, "seed": 0}
-CALL |= {"guidance_scale": 3.0, "controlnet_conditioning_scale": 1.0, "ip_adapter_scale": 1.0, "num_inference_steps": STEPS}
+CALL |= {"guidance_scale": 2.0, "controlnet_conditioning_scale": 1.0, "ip_adapter_scale": 1.0, "num_inference_steps": STEPS}
 
 
 class Line(NamedTuple):

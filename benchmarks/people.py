@@ -48,7 +48,7 @@ def drawn(pipe: InstantIDPipeline, panel: Panel, photos: int, steps: int) -> np.
     pictures = []
     for i in range(len(panel) // 2):
         people = halves(panel, i, photos, pipe.config.keypoint_scale)
-        options = {"guidance_scale": 3.0, "controlnet_conditioning_scale": 1.0, "ip_adapter_scale": 1.0, "num_inference_steps": steps}
+        options = {"guidance_scale": 2.0, "controlnet_conditioning_scale": 1.0, "ip_adapter_scale": 1.0, "num_inference_steps": steps}
         pictures.append(np.asarray(pipe(panel.prompts[2 * i], people=people, max_people=2, seed=i, **options).images[0]))
     return np.stack(pictures)
 

@@ -30,7 +30,7 @@ from instantid_jax.output import contact_sheet
 from instantid_jax.progress import StepBar
 
 SIDE, HEAD, SCENE, CORNER = 64, 40, (144, 96), (52, 56)
-STRENGTHS = {"guidance_scale": 3.0, "controlnet_conditioning_scale": 1.4, "ip_adapter_scale": 0.5}
+STRENGTHS = {"guidance_scale": 2.0, "controlnet_conditioning_scale": 1.0, "ip_adapter_scale": 1.0}
 
 
 def scene(head: np.ndarray) -> Image.Image:

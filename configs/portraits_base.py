@@ -1,4 +1,7 @@
-"""Rendered heads, third stage: the text-to-image base and its two text towers, on the first stage's latents."""
+"""Rendered heads, third stage: the text-to-image base and its two text towers, on the first stage's latents.
+
+Sized for one GPU with `--compute.dtype bfloat16`; on CPU ask for less: `--steps 4200 --loader.global-batch 32`.
+"""
 
 import dataclasses
 
@@ -22,11 +25,11 @@ START = "runs/portraits_recognizer/weights"
 def config() -> TrainConfig:
     return TrainConfig(
         model=dataclasses.replace(portraits(), vae=saved_model(START).vae),
-        steps=4200,
+        steps=1700,
         data=("data/portraits_latents",),
         out="runs/portraits_base",
         loader=LoaderConfig(
-            global_batch=32, resolution=64, cached_latents=True, keypoint_style="none", identity_caption=0.75, drop_text=0.1, num_threads=1
+            global_batch=256, resolution=64, cached_latents=True, in_memory=True, keypoint_style="none", identity_caption=0.75, drop_text=0.1
         ),
         stage=StageConfig(identitynet=False, adapter=False, trainable=(r"^unet/", r"^text_encoder/", r"^text_encoder_2/")),
         init=InitConfig(weights=START, from_base=(), random=("unet", "text_encoder", "text_encoder_2")),

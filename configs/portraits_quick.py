@@ -19,6 +19,9 @@ def config() -> TrainConfig:
     return dataclasses.replace(
         full,
         steps=1000,
+        loader=dataclasses.replace(full.loader, global_batch=16),
+        loss=dataclasses.replace(full.loss, identity_weight=0.8),
+        optimizer=dataclasses.replace(full.optimizer, hold=0.5),
         data=("data/portraits_quick_latents",),
         prepare=(
             "portraits --out data/portraits_quick --train 800 --validation 64 --test 0",

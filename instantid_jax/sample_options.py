@@ -34,8 +34,8 @@ _SMALL: dict[str, Any] = {
     "steps": 20,
     "sampler": "euler",
     "guidance_scale": 2.0,
-    "identitynet_scale": 1.4,
-    "ip_adapter_scale": 0.5,
+    "identitynet_scale": 1.0,
+    "ip_adapter_scale": 1.0,
 }
 
 
@@ -86,10 +86,10 @@ class SampleOptions:
     negative_identity_noise: float = 0.0  # What the unconditional half gets as identity: noise this strong instead of zeros; try 0.35.
     negative_identity_seed: int = 0  # Seed of that noise.
     clip_skip: int = 0  # Text layers to leave out, counted from the last but one.
-    # Strength of IdentityNet: keypoints and likeness. By default 0.8 (1.4 with the small model). A number or a schedule over steps, layers and
+    # Strength of IdentityNet: keypoints and likeness. By default 0.8 (1 with the small model). A number or a schedule over steps, layers and
     # places, as "linear(1, 0.3)", "1 until 0.5 then 0.2", "down=0.8, mid=1" (docs/strengths.md).
     identitynet_scale: float | str | None = None
-    # Strength of the image adapter: facial detail; 0.8 (small model: 0.5), or a schedule likewise. Lower it first when colours burn.
+    # Strength of the image adapter: facial detail; 0.8 (small model: 1), or a schedule likewise. Lower it first when colours burn.
     ip_adapter_scale: float | str | None = None
     control_start: float = 0.0  # Fraction of the steps at which IdentityNet (and other ControlNets) begin to act.
     control_end: float = 1.0  # Fraction of the steps at which they stop acting.

@@ -30,7 +30,7 @@ def test_people_prompts_and_seeds(tmp_path):
     assert pictures[0].options.face == (tmp_path / "anna.jpg",)
     last = pictures[-1].options
     assert last.face == (tmp_path / "x/b1.png", Path("/else/b2.png")) and (last.height, last.width) == (64, 128)
-    assert last.guidance_scale == 2.0 and last.num_images == 1 and last.identitynet_scale == 1.4
+    assert last.guidance_scale == 2.0 and last.num_images == 1 and last.identitynet_scale == 1.0
     assert isinstance(last.control_start, float)
 
 

@@ -63,9 +63,9 @@ class Settings:
     """As in sample.py."""
     guidance_scale: float = 2.0
     """Classifier-free guidance."""
-    identitynet_scale: float = 1.4
+    identitynet_scale: float = 1.0
     """Full strength of IdentityNet."""
-    adapter_scale: float = 0.5
+    adapter_scale: float = 1.0
     """Full strength of the image adapter."""
     seed: int = 0
     """Person i is drawn from the noise of seed + i, in every arm."""

@@ -9,14 +9,14 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from instantid_jax.options import Range
 from instantid_jax.published import ConfigError, did_you_mean
 
-__all__ = ["check_choices", "check_patterns", "check_ranges", "prepared_folder"]
+__all__ = ["check_choices", "check_patterns", "check_ranges", "missing_data", "prepared_folder"]
 
 # Fields by where they lie: (smallest, largest value). None as a value is always allowed where the field allows it.
 RANGES: dict[str, tuple[float, float]] = {
@@ -117,14 +117,31 @@ def check_patterns(where: str, patterns: Iterable[str]) -> None:
             raise ConfigError(f"{where}: {pattern!r} is no regular expression ({problem})") from problem
 
 
+def missing_data(lines: Sequence[str], data: Sequence[str]) -> list[str]:
+    """Those lines of `TrainConfig.prepare`, in order, that must run: `data`, or a line that must run, needs a set that they make."""
+    wanted, out = {Path(folder) for folder in data}, []
+    for line in reversed(lines):
+        folder = prepared_folder(line)
+        if folder in wanted and not any(folder.glob("**/dataset_info.json")):  # what was cut off has none, and is made again
+            out.insert(0, line)
+            source = _folders(line).data
+            wanted |= {Path(source)} if source else set()
+    return out
+
+
 def prepared_folder(line: str) -> Path:
     """The --out folder of a line of `TrainConfig.prepare`. Raises `ConfigError` where it names none."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--out")
-    try:
-        folder = parser.parse_known_args(shlex.split(line))[0].out
-    except (argparse.ArgumentError, ValueError) as problem:
-        raise ConfigError(f"TrainConfig: prepare: the line {line!r} cannot be read ({problem})") from problem
+    folder = _folders(line).out
     if not folder:
         raise ConfigError(f"TrainConfig: prepare: the line {line!r} needs --out and a folder")
     return Path(folder)
+
+
+def _folders(line: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--out")
+    parser.add_argument("--data")
+    try:
+        return parser.parse_known_args(shlex.split(line))[0]
+    except (argparse.ArgumentError, ValueError) as problem:
+        raise ConfigError(f"TrainConfig: prepare: the line {line!r} cannot be read ({problem})") from problem

@@ -225,8 +225,8 @@ class TrainConfig:
     data: tuple[str, ...] = ("data",)
     """Folders of prepared data sets (``python -m instantid_jax.data.prepare``); several are one data set made in parts."""
     prepare: tuple[str, ...] = ()
-    """What makes the data: arguments of ``python -m instantid_jax.data.prepare``, one line a command. train.py runs, in order, those whose
-    --out folder is not there."""
+    """What makes the data: arguments of ``python -m instantid_jax.data.prepare``, one line a command. train.py runs, in order, those
+    that make what `data` names and is not there, and what they need."""
     data_split: str = "train"
     out: str = "runs/instantid"
     """Folder of the run: checkpoints, log, samples, exported weights."""

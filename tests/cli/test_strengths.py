@@ -32,12 +32,12 @@ def test_commands_draw(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert np.asarray(image).std() > 5
     settings = read_settings(pictures[0])
     if "--ip-adapter-scale" in command and "linear(1, 0.3)" in command:
-        assert settings["ip_adapter_scale"] == "linear(1, 0.3)" and settings["identitynet_scale"] == "1.4 until 0.5 then 0.7"
+        assert settings["ip_adapter_scale"] == "linear(1, 0.3)" and settings["identitynet_scale"] == "1 until 0.5 then 0.7"
         with Image.open(pictures[0]) as image:
-            assert 'IdentityNet strength: 1.4 until 0.5 then 0.7, Adapter strength: "linear(1, 0.3)"' in getattr(image, "text", {})["parameters"]
+            assert 'IdentityNet strength: 1 until 0.5 then 0.7, Adapter strength: "linear(1, 0.3)"' in getattr(image, "text", {})["parameters"]
     if "--compare" in command:
         assert len(pictures) == 6 and len({path.read_bytes() for path in pictures}) == 6
-        assert settings["identitynet_scale"] == 1.4 and settings["compare"] == []
+        assert settings["identitynet_scale"] == 1.0 and settings["compare"] == []
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from instantid_jax.config import ConfigError, from_json, to_json
 from instantid_jax.data.loader import LoaderConfig
 from instantid_jax.data.record import DataError
 from instantid_jax.parallel.mesh import make_mesh
-from instantid_jax.training.checks import RANGES, prepared_folder
+from instantid_jax.training.checks import RANGES, missing_data, prepared_folder
 from instantid_jax.training.config import INSTANTID, InitConfig, LossConfig, OptimizerConfig, StageConfig, TrainConfig
 from instantid_jax.training.program import Program
 
@@ -84,6 +84,23 @@ def test_a_metric_that_the_stage_does_not_measure(fields, metric, has):
 @pytest.mark.parametrize("line", ["portraits --out here --train 3", "portraits --train 3 --out=here", "portraits --train 3 --out 'here'"])
 def test_where_a_line_of_prepare_writes(line):
     assert prepared_folder(line) == Path("here")
+
+
+def test_only_what_is_needed_and_missing_is_prepared(tmp_path):
+    heads, latents = tmp_path / "heads", tmp_path / "latents"
+    lines = (f"portraits --out {heads}", f"cache --data={heads} --out {latents}", f"portraits --out {tmp_path}/other")
+    assert missing_data(lines, [str(latents)]) == list(lines[:2])
+    assert missing_data(lines, [str(heads)]) == [lines[0]]
+    assert missing_data(lines, ["elsewhere"]) == []  # data of one's own: nothing of the recipe's is made
+
+    def made(folder):
+        (folder / "x" / "1.0.0").mkdir(parents=True)
+        (folder / "x" / "1.0.0" / "dataset_info.json").write_text("{}")
+
+    made(heads)
+    assert missing_data(lines, [str(latents)]) == [lines[1]]
+    made(latents)
+    assert missing_data(lines, [str(latents)]) == []
 
 
 def test_an_identity_loss_needs_a_clean_latent():
