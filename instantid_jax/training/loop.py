@@ -180,7 +180,8 @@ class _Loop:
         samples = _worst(self.run.rows(stacked(taken.index)), np.asarray(row.sample_loss))
         told = {"what": what, "loss": float(row.loss), "gradient_norm": float(row.gradient_norm), "samples": samples}
         self.log.record("bad_step", step, told, quiet=True)
-        text = f"{where}, samples {', '.join(map(str, samples[:8]))}{' ...' if len(samples) > 8 else ''}"
+        named = ", ".join(f"{i} ({self.run.source[i].key})" for i in samples[:8])
+        text = f"{where}, samples {named}{' ...' if len(samples) > 8 else ''}"
         self.log.say(f"{text}; policy {config.guard.policy}")
         if config.guard.policy == "stop" or self.guard.bad >= config.guard.limit:
             raise BadSteps(f"{text}; {self.guard.bad} in a row, so the run ends; the last checkpoint is untouched")

@@ -147,6 +147,9 @@ def test_a_state_of_another_order_is_refused(mixed):
             make_loader(mixed, dataclasses.replace(CONFIG, **change), tokenizers()).set_state(state)
     with pytest.raises(DataError, match="belongs to records="):
         make_loader(MemorySource([mixed[0]]), CONFIG, tokenizers()).set_state(state)
+    others = MemorySource([dataclasses.replace(mixed[i], identity=f"another {i}") for i in range(len(mixed))])
+    with pytest.raises(DataError, match="belongs to contents="):
+        make_loader(others, CONFIG, tokenizers()).set_state(state)
 
 
 def test_seeds_and_epochs_shuffle_anew(latents):

@@ -182,7 +182,7 @@ def test_skipping_a_bad_step(make_run, poison, capsys):
     run = make_run(records=records, steps=3)
     assert train(run) == 0
     said = capsys.readouterr().out
-    assert f"step {step} (recognize): bad loss (loss nan" in said and f"samples {sample}; policy skip" in said
+    assert f"step {step} (recognize): bad loss (loss nan" in said and f"samples {sample} ({records[sample].key}); policy skip" in said
     (row,) = log(run, "bad_step")
     assert row["step"] == step and row["what"] == "loss" and row["samples"] == [sample] and row["loss"] == "nan"
     assert int(run.state.step) == 3 and int(run.state.updates) == 2
@@ -202,7 +202,9 @@ def test_a_skipped_step_is_skipped_again_after_resuming(make_run, poison):
 
 def test_stopping_at_a_bad_step(make_run, poison):
     records, sample, step = poison
-    with pytest.raises(BadSteps, match=rf"step {step} \(recognize\): bad loss .*samples {sample}; 1 in a row, so the run ends"):
+    with pytest.raises(
+        BadSteps, match=rf"step {step} \(recognize\): bad loss .*samples {sample} \({records[sample].key}\); 1 in a row, so the run ends"
+    ):
         train(make_run(records=records, guard__policy="stop"))
 
 
