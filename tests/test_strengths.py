@@ -355,7 +355,7 @@ def equations(jaxpr: Any) -> Any:
                 yield from equations(value)
 
 
-@pytest.mark.parametrize("mask", [None, (8, 8, 40, 48)])
+@pytest.mark.parametrize("mask", [None, pytest.param((8, 8, 40, 48), marks=pytest.mark.slow)])
 def test_every_form_reaches_the_picture(pipe: InstantIDPipeline, mask: Any) -> None:
     forms = (1.0, "linear(1, 0)", "cosine(1, 0)", "1 until 0.7 then 0", [1, 0, 0, 0], "down=0, mid=1, up=1", "1, up0.1=0")
     forms = (*forms, "inside: 1; outside: 0.5", "inside: 0.5; outside: 1") if mask else forms
@@ -366,6 +366,7 @@ def test_every_form_reaches_the_picture(pipe: InstantIDPipeline, mask: Any) -> N
     assert not same
 
 
+@pytest.mark.slow
 def test_strengths_outside_of_a_mask(pipe: InstantIDPipeline) -> None:
     """Tolerances are 1e-5 of the largest latent: the sums are the same in another order."""
     box, both = (8, 8, 40, 48), ("ip_adapter_scale", "controlnet_conditioning_scale")
@@ -382,6 +383,7 @@ def test_strengths_outside_of_a_mask(pipe: InstantIDPipeline) -> None:
         make(pipe, ip_adapter_scale="inside: 1; outside: 0")
 
 
+@pytest.mark.slow
 def test_schedules_of_people(pipe: InstantIDPipeline) -> None:
     whole = {"region": np.ones((64, 64), np.float32)}
     for name, own in (("ip_adapter_scale", "ip_adapter_scale"), ("controlnet_conditioning_scale", "identitynet_scale")):
@@ -440,6 +442,7 @@ def test_guidance_by_branch(pipe: InstantIDPipeline) -> None:
     assert np.isfinite(both).all()
 
 
+@pytest.mark.slow
 def test_outside_the_window_of_guidance_the_conditional_branch_is_computed(pipe: InstantIDPipeline) -> None:
     """With guidance in no call the picture is the unguided one, also of three branches."""
     given = {"guidance_scale": 3.0, "identity_guidance_scale": 2.0, "num_inference_steps": 2}
