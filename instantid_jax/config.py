@@ -13,7 +13,19 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from instantid_jax.published import CONTROLNET_FIXED, UNET_FIXED, ConfigError, broadcast, build, checked, read_fields, read_unet, require
+from instantid_jax.published import (
+    CONTROLNET_FIXED,
+    UNET_DEFAULTS,
+    UNET_FIXED,
+    UP_DEFAULTS,
+    ConfigError,
+    broadcast,
+    build,
+    checked,
+    read_fields,
+    read_unet,
+    require,
+)
 
 __all__ = [
     "AutoencoderConfig",
@@ -116,7 +128,7 @@ class UNetConfig:
     @classmethod
     def from_published(cls, published: Mapping[str, Any]) -> UNetConfig:
         """Reads ``unet/config.json``. Raises `ConfigError` on any field or value that is not implemented."""
-        return cls(**checked(cls, read_unet(cls, published, UNET_FIXED)))
+        return cls(**checked(cls, read_unet(cls, published, UNET_FIXED, UNET_DEFAULTS | UP_DEFAULTS)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +152,7 @@ class IdentityNetConfig(UNetConfig):
     @classmethod
     def from_published(cls, published: Mapping[str, Any]) -> IdentityNetConfig:
         """Reads a ControlNet's ``config.json``. Raises `ConfigError` on any field or value that is not implemented."""
-        return cls(**checked(cls, read_unet(cls, published, CONTROLNET_FIXED)))
+        return cls(**checked(cls, read_unet(cls, published, CONTROLNET_FIXED, UNET_DEFAULTS)))
 
     @classmethod
     def from_unet(cls, unet: UNetConfig, conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)) -> IdentityNetConfig:

@@ -118,8 +118,24 @@ CONTROLNET_FIXED = {k: v for k, v in UNET_FIXED.items() if k not in ("conv_out_k
 }
 
 
-def read_unet(cls: type, published: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
-    published = dict(published)
+# What diffusers takes for a field that a published UNet or ControlNet does not name; our own defaults are SDXL's.
+UNET_DEFAULTS: dict[str, Any] = {
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "attention_head_dim": 8,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 1280,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "projection_class_embeddings_input_dim": None,
+    "transformer_layers_per_block": 1,
+    "use_linear_projection": False,
+}
+UP_DEFAULTS: dict[str, Any] = {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")}
+
+
+def read_unet(cls: type, published: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `cls` in a published UNet's or ControlNet's configuration; one that is not there has diffusers' default."""
+    published = dict(defaults) | dict(published)
     heads = published.pop("num_attention_heads", None)
     if heads is not None:
         published["attention_head_dim"] = heads

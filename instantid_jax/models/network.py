@@ -73,7 +73,7 @@ class Network:
 
     def bind(self, parameters: Mapping[str, Any]) -> Any:
         """The module with these weights, for use inside a traced function."""
-        return nnx.merge(self._split[0], nnx.State(dict(parameters)))
+        return nnx.merge(self._split[0], nnx.State(_list_keys(parameters)))
 
     def disk_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor under its own name, one for each published tensor: {path: shape}."""
@@ -129,6 +129,11 @@ def _trace(network: Network) -> tuple[nnx.GraphDef[Any], Tree]:
 
 def _string_keys(tree: Mapping[Any, Any]) -> Tree:
     return {str(k): _string_keys(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+
+
+def _list_keys(tree: Mapping[str, Any]) -> dict[Any, Any]:
+    """The inverse: numbers are places in lists, which Flax goes through in their order, and "10" comes before "2" in a text's."""
+    return {int(k) if k.isdecimal() else k: _list_keys(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
 
 
 def build_networks(config: ModelConfig, compute: ComputeConfig | None = None, vae_compute: ComputeConfig | None = None) -> dict[str, Network]:

@@ -33,3 +33,13 @@ def test_blocks_at_each_resolution(widths, layers, blocks):
 def test_shapes_that_are_none(fields, said):
     with pytest.raises(ConfigError, match=said):
         RecognizerConfig(norm_num_groups=4, **fields)
+
+
+def test_more_than_ten_blocks_keep_their_order():
+    """Places in a list are numbers: as texts, "10" would come before "2"."""
+    made = network(widths=(4, 8, 12), layers_per_block=4)
+    parameters = made.init(jax.random.key(0))
+    module = made.bind(parameters)
+    for i, block in enumerate(module.resnets):
+        assert block.conv1.kernel[...] is parameters["resnets"][str(i)]["conv1"]["kernel"]
+    assert made.bind(parameters)(jnp.ones((1, 16, 16, 8))).shape == (1, 5)
