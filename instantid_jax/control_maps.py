@@ -44,12 +44,12 @@ def canny(image: Image.Image | np.ndarray, low: float = _LOW, high: float = _HIG
     """Canny's edges of a picture (Pillow, or uint8 RGB [h, w, 3]): RGB of the same size, white on black, three equal channels.
 
     Where the gradient |dx| + |dy| of 3 x 3 Sobel filters, of the channel that has most, is above `high` there is an edge; it goes on
-    where it is above `low`. As diffusers' examples do it: `cv2.Canny` of the RGB pixels. Raises `ControlMapError` for thresholds that
-    are negative or in the wrong order.
+    where it is above `low`. As the published demo does it: `cv2.Canny` of the BGR pixels; the order counts where channels are equally steep.
+    Raises `ControlMapError` for thresholds that are negative or in the wrong order.
     """
     if not (0 <= low <= high < math.inf):
         raise ControlMapError(f"canny: the thresholds must be numbers from 0 up, the lower one first, not {low:g} and {high:g}")
-    edges = import_opencv().Canny(rgb_array(image, "photo"), low, high)
+    edges = import_opencv().Canny(np.ascontiguousarray(rgb_array(image, "photo")[..., ::-1]), low, high)
     return Image.fromarray(np.repeat(edges[..., None], 3, axis=2))
 
 

@@ -16,12 +16,18 @@ PHOTO = Path(module.__file__).parent / "assets/astronaut.jpg"
 
 
 @pytest.mark.parametrize("thresholds", [(100, 200), (50, 100), (0, 0), (30.5, 400)])
-def test_canny_is_opencvs_as_diffusers_examples_call_it(thresholds: tuple[float, float]) -> None:
+def test_canny_is_opencvs_as_the_published_demo_calls_it(thresholds: tuple[float, float]) -> None:
     photo = load_photo(PHOTO)
     edges = np.asarray(canny(photo, *thresholds))
-    expected = cv2.Canny(np.array(photo), *thresholds)[:, :, None]
+    expected = cv2.Canny(cv2.cvtColor(np.array(photo), cv2.COLOR_RGB2BGR), *thresholds)[:, :, None]
     assert (edges == np.concatenate([expected] * 3, axis=2)).all() and edges.shape == (*photo.size[::-1], 3)
     assert set(np.unique(edges)) == {0, 255} and 0.01 < (edges > 0).mean() < 0.6
+
+
+def test_diffusers_examples_keep_rgb_which_changes_few_pixels() -> None:
+    photo = load_photo(PHOTO)
+    differ = np.asarray(canny(photo))[..., 0] != cv2.Canny(np.array(photo), 100, 200)
+    assert 0 < differ.mean() < 1e-3
 
 
 @pytest.mark.parametrize(
