@@ -37,7 +37,17 @@ from instantid_jax.request import in_options
 from instantid_jax.running import keep_compiled
 from instantid_jax.sample_edits import calls_of_run, drawn, initial_of, on_initial_canvas
 from instantid_jax.sample_options import SampleOptions, gathered
-from instantid_jax.sampling import conditions_of, face_facts, group_conditions, inputs_of, model_config, open_pipeline, read_people, settings_of
+from instantid_jax.sampling import (
+    conditions_of,
+    face_facts,
+    group_conditions,
+    inputs_of,
+    made_maps,
+    model_config,
+    open_pipeline,
+    read_people,
+    settings_of,
+)
 from instantid_jax.variants import compared_variants, draw_variants, prompt_variants, save_variants, variants_of
 
 
@@ -152,7 +162,7 @@ def run(given: SampleOptions, replay: Replay | None = None) -> list[Path]:
             save = functools.partial(save_variants, s.out, variants, rows, inputs_of(s, listed), settings, across)
         else:
             pictures, told = draw(call), {}
-            save = functools.partial(save_run, s.out, pictures, keypoints, inputs_of(s, listed), settings)
+            save = functools.partial(save_run, s.out, pictures, keypoints, inputs_of(s, listed), settings, made_maps(s, call["image"]))
         if again:
             place = {} if keypoints is None else place_in_batch(s.seed, again.index, len(pictures))
             own = run_settings(pictures[0].size, inputs_of(s, listed), settings | told) | place

@@ -178,7 +178,7 @@ class _Drawing:
         """The picture ready to be drawn; None where something about it is wrong, which the ledger then says."""
         s, config = task.picture.options, self.config
         try:
-            check_files([*s.control_image, *filter(None, (s.control_mask,))])
+            check_files([*s.control_image, *s.control_model, *filter(None, (s.control_mask,))])
             pose = self._person((s.pose,), None, s.pose_face_index) if s.pose else None
             identity = self._person(s.face, config.resampler.embedding_dim, s.face_index, s.face_combine, s.face_weight or None)
             conditions, call = conditions_of(s, config.keypoint_scale, pose or identity), s.call()

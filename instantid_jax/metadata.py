@@ -29,7 +29,7 @@ __all__ = ["FILES", "MAX_TEXT", "MetadataError", "check_settings", "read_recorde
 
 MAX_TEXT = 1 << 17
 """Characters of settings that are looked at; a long prompt has a hundredth of it."""
-FILES = ("face", "blend", "pose", "control", "mask", "init", "redrawn", "people", "lora", "controlnet")
+FILES = ("face", "blend", "pose", "control", "mask", "init", "redrawn", "people", "lora", "controlnet", "preprocessor")
 """Kinds of files of which the settings hold lists of SHA-256, as `face_sha256`."""
 
 _MAX_FILE = 1 << 30
@@ -210,7 +210,7 @@ def _of_hint(hint: Any) -> Check:
 
 
 _NOT_STORED = ("num_images", "style_file", "wildcards", "prompt_file", "people", "face", "blend", "pose", "control_image", "control_mask")
-_NOT_STORED += ("init_image", "mask_image")
+_NOT_STORED += ("control_model", "init_image", "mask_image")
 _NOT_STORED += ("out", "jobs", "replay", "allow_changed_files", "aot", "distributed", "coordinator", "processes", "process")
 _SCHEMA: dict[str, Check] = {
     **{name: _of_hint(hint) for name, hint in typing.get_type_hints(SampleOptions).items() if name not in _NOT_STORED},

@@ -78,6 +78,7 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
         "lora_scale": "LoRA strengths",
         "controlnet": "ControlNets",
         "control_scale": "ControlNet strengths",
+        "control_preprocess": "Control preprocessors",
         "version": "Version",
     }
     lines = [str(settings.get("prompt", ""))]
@@ -186,13 +187,14 @@ def save_run(
     keypoints: Image.Image,
     inputs: Mapping[str, Sequence[Path]],
     settings: Mapping[str, Any],
+    maps: Sequence[tuple[str, Image.Image]] = (),
 ) -> list[Path]:
     """The pictures of one run and their contact sheet, each with all settings inside.
 
     `inputs` are the picture files that went in, by what they are ("face", "pose", "control"): their SHA-256 is stored as
-    ``face_sha256`` and so on, and those that are pictures are shown on the sheet, by their file's name. Of other paths in
-    `settings` the last part is stored. Picture i is named by its own seed, ``settings["seed"] + i``. Returns the paths, the
-    sheet last.
+    ``face_sha256`` and so on, and those that are pictures are shown on the sheet, by their file's name, beside `maps`, labelled
+    pictures that were made of them. Of other paths in `settings` the last part is stored. Picture i is named by its own seed,
+    ``settings["seed"] + i``. Returns the paths, the sheet last.
     """
     settings = run_settings(images[0].size, inputs, settings)
     each = [settings | place_in_batch(settings["seed"], i, len(images)) for i in range(len(images))]
@@ -200,9 +202,10 @@ def save_run(
     paths = [free_path(out / f"{own['seed']:06d}{suffix_of(own)}", own) for own in each]
     for path, image, own in zip(paths, images, each, strict=True):
         save_picture(image, path, own)
-    given = [(kind, path) for kind, files in inputs.items() for path in files if path.suffix not in (".npz", ".npy", ".toml", ".json")]
+    no_pictures = (".npz", ".npy", ".toml", ".json")
+    given = [(kind, path) for kind, files in inputs.items() for path in files if kind != "preprocessor" and path.suffix not in no_pictures]
     shown = [(f"{kind}: {path.name}", load_photo(path)) for kind, path in given]
-    shown += [("keypoints", keypoints), *((f"seed {seed}, {settings['model']}", image) for seed, image in zip(seeds, images, strict=True))]
+    shown += [*maps, ("keypoints", keypoints), *((f"seed {seed}, {settings['model']}", image) for seed, image in zip(seeds, images, strict=True))]
     return [*paths, save_contact_sheet(out, contact_sheet(shown), settings)]
 
 

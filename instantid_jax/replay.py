@@ -33,6 +33,7 @@ _FILES = {
     "blend": "blend",
     "pose": "pose",
     "control_image": "control",
+    "control_model": "preprocessor",
     "control_mask": "mask",
     "init_image": "init",
     "mask_image": "redrawn",
@@ -154,7 +155,10 @@ class Replay:
         group = "people_sha256" in self.recorded
         for option, kind in _FILES.items():
             wanted, paths = self.recorded.get(f"{kind}_sha256", []), _paths(getattr(given, option))
-            if paths or not wanted or (group and kind not in ("people", "control", "init", "redrawn", "lora", "controlnet")):
+            if kind == "preprocessor" and "control_preprocess" in self.changed:
+                self.changed.add("preprocessor_sha256")  # another map is asked for, of whatever model it needs
+                continue
+            if paths or not wanted or (group and kind not in ("people", "control", "preprocessor", "init", "redrawn", "lora", "controlnet")):
                 continue
             if kind == "face" and self.recorded.get("face_vector") is not None:
                 paths = (self._stored_face(scratch),)
@@ -169,7 +173,7 @@ class Replay:
         check_files([*given.lora])
         found: dict[str, Any] = {**inputs_of(given, listed), "lora": given.lora, "controlnet": given.controlnet}
         for option, kind in _FILES.items():
-            if scratch not in {path.parent for path in found.get(kind, ())}:
+            if f"{kind}_sha256" not in self.changed and scratch not in {path.parent for path in found.get(kind, ())}:
                 self._check(option, kind, found.get(kind, ()), self.recorded.get(f"{kind}_sha256", []), given.allow_changed_files)
         return given
 

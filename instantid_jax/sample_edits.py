@@ -83,7 +83,7 @@ def _refined(
     left_out = ("prompt", "num_images_per_prompt", "strength", "height", "width", "seed")
     same = {name: call[name] for name in s.call() if name not in left_out}
     same |= {"margin": s.refine_margin, "feather": s.refine_feather, "strength": s.refine_strength, "on_step": on_step}
-    same["control_images"] = [load_photo(path) for path in s.control_image]
+    same["control_images"] = call["image"][-len(s.control_image) :] if s.control_image else []
     done = []
     for i, image in enumerate(images):
         seed, found = (call["seed"] + i) % 2**32, list[Refined | FaceError]()

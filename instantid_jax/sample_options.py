@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from instantid_jax import editing, face_refine
+from instantid_jax.control_maps import check_preprocessors
 from instantid_jax.diffusion import PRESETS
 from instantid_jax.face import read_view
 from instantid_jax.published import did_you_mean
@@ -113,6 +114,9 @@ class SampleOptions:
     allow_unknown_lora_keys: bool = False  # Leave out what is not understood in a LoRA file, with a list, instead of refusing it.
     controlnet: tuple[Path, ...] = ()  # Other ControlNets, folders that `python -m convert_weights import --controlnet` wrote.
     control_image: tuple[Path, ...] = ()  # One picture (depth, edges, ...) for each --controlnet.
+    # What makes a map of each: none (it is one; default), canny, canny:LOW,HIGH, depth or image by an ONNX model (docs/composing.md).
+    control_preprocess: tuple[str, ...] = ()
+    control_model: tuple[Path, ...] = ()  # The ONNX file of each depth or image among them, in order.
     control_scale: tuple[float | str, ...] = ()  # One strength or schedule for each --controlnet; 1 by default.
     height: int | None = None  # Pixels, a multiple of 8; by default from the pose photo, its long side 1280 (64 with the small model).
     width: int | None = None  # Width, likewise; of one alone the other follows from the photo's proportions.
@@ -170,6 +174,7 @@ class SampleOptions:
             raise ValueError("--distributed goes with --jobs, whose pictures the processes share")
         if len(self.control_image) != len(self.controlnet) or len(self.control_scale) not in (0, len(self.controlnet)):
             raise ValueError("--control-image and --control-scale go with --controlnet: one of each for every ControlNet")
+        check_preprocessors(self.control_preprocess, len(self.control_model), len(self.controlnet))
         if self.enhance_non_face_region and self.control_mask is not None:
             raise ValueError("--enhance-non-face-region is a mask of its own; leave out --control-mask")
         if self.enhance_non_face_region and self.is_demo and self.jobs is None:

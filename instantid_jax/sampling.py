@@ -12,6 +12,7 @@ from PIL import Image
 
 from instantid_jax import __version__
 from instantid_jax.config import ModelConfig
+from instantid_jax.control_maps import control_maps
 from instantid_jax.defaults import DEFAULT_WEIGHTS, NOTICE, default_config, default_pipeline, framed
 from instantid_jax.face import FaceAnalyzer, Identity, load_photo
 from instantid_jax.group import Canvas, group_of
@@ -22,10 +23,21 @@ from instantid_jax.pipeline import InstantIDPipeline, read_config
 from instantid_jax.references import check_files, face_box_mask, keypoint_picture, read_mask
 from instantid_jax.sample_options import RUN_OPTIONS, SampleOptions
 
-__all__ = ["conditions_of", "face_facts", "group_conditions", "inputs_of", "model_config", "open_pipeline", "read_people", "settings_of"]
+__all__ = [
+    "conditions_of",
+    "control_pictures",
+    "face_facts",
+    "group_conditions",
+    "inputs_of",
+    "made_maps",
+    "model_config",
+    "open_pipeline",
+    "read_people",
+    "settings_of",
+]
 
 ELSEWHERE = ("num_images", "style_file", "wildcards", "prompt_file", "people", "face", "blend", "pose", "control_image", "control_mask")
-ELSEWHERE += ("init_image", "mask_image", *RUN_OPTIONS)
+ELSEWHERE += ("control_model", "init_image", "mask_image", *RUN_OPTIONS)
 """Options that are not stored as settings: names and hashes of the files tell them."""
 
 
@@ -70,12 +82,25 @@ def conditions_of(s: SampleOptions, keypoint_scale: float, pose: Identity, drawn
     mask = None if s.control_mask is None else read_mask(s.control_mask, keypoints.size)
     if s.enhance_non_face_region:
         mask = face_box_mask(pose, s.width, s.height, long_side, frame)
-    return {"image": [keypoints, *(load_photo(path) for path in s.control_image)], "control_mask": mask}
+    return {"image": [keypoints, *control_pictures(s, keypoints.size)], "control_mask": mask}
+
+
+def control_pictures(s: SampleOptions, size: tuple[int, int]) -> list[Image.Image]:
+    """The pictures of other ControlNets: maps already, or made at the output's size (w, h). Raises `ControlMapError`."""
+    return control_maps([load_photo(path) for path in s.control_image], s.control_preprocess, s.control_model, size)
+
+
+def made_maps(s: SampleOptions, images: Sequence[Image.Image]) -> list[tuple[str, Image.Image]]:
+    """Those of a call's `images` that a preprocessor made, each with a label."""
+    named = zip(s.control_preprocess, s.control_image, images[len(images) - len(s.control_image) :], strict=False)
+    return [(f"{text} of {path.name}", image) for text, path, image in named if text != "none"]
 
 
 def read_people(s: SampleOptions) -> PeopleFile | None:
     """The people file, where one is named. Raises `PhotoError` for any file of the options or of the people file that is not there."""
-    check_files([*s.face, *s.blend, *s.control_image, *filter(None, (s.pose, s.control_mask, s.people, s.init_image, s.mask_image))])
+    check_files(
+        [*s.face, *s.blend, *s.control_image, *s.control_model, *filter(None, (s.pose, s.control_mask, s.people, s.init_image, s.mask_image))]
+    )
     listed = None if s.people is None else read_people_file(s.people)
     check_files([] if listed is None else listed.files)
     return listed
@@ -86,7 +111,7 @@ def group_conditions(s: SampleOptions, config: ModelConfig, listed: PeopleFile, 
     small = s.weights is None
     canvas = Canvas(s.width, s.height, 64 if small else 1024, config.keypoint_scale, framed if small else None)
     people, keypoints = group_of(listed, analyzer, config.resampler.embedding_dim, canvas)
-    return {"image": [load_photo(path) for path in s.control_image], "people": people, "max_people": len(people)}, keypoints
+    return {"image": control_pictures(s, keypoints.size), "people": people, "max_people": len(people)}, keypoints
 
 
 def inputs_of(s: SampleOptions, listed: PeopleFile | None = None) -> dict[str, Sequence[Path]]:
@@ -99,6 +124,7 @@ def inputs_of(s: SampleOptions, listed: PeopleFile | None = None) -> dict[str, S
             "face": [path for person in listed.people for path in person.face],
             "pose": [path for path in poses if path],
             "control": s.control_image,
+            "preprocessor": s.control_model,
             "mask": [person.mask for person in listed.people if person.mask],
         } | initial
     return {
@@ -106,5 +132,6 @@ def inputs_of(s: SampleOptions, listed: PeopleFile | None = None) -> dict[str, S
         "blend": s.blend,
         "pose": (s.pose,) if s.pose else (),
         "control": s.control_image,
+        "preprocessor": s.control_model,
         "mask": (s.control_mask,) if s.control_mask else (),
     } | initial
