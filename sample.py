@@ -10,7 +10,6 @@ Exit status: 0 all made, 1 an error, 2 a wrong option; of --jobs also 3 some fai
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from instantid_jax.config import ComputeConfig, sdxl
 from instantid_jax.demo import count_people, demo_prompts, demo_settings, draw_people, save_sheet
 from instantid_jax.face import FaceError, load_analyzer
 from instantid_jax.jobs import run_jobs
-from instantid_jax.options import OptionError, check_folder, status_of, wrong_options
+from instantid_jax.options import OptionError, check_folder, status_of, while_read, wrong_options
 from instantid_jax.output import place_in_batch, run_settings, save_run
 from instantid_jax.parallel.distributed import leave
 from instantid_jax.pipeline import read_config
@@ -51,6 +50,7 @@ from instantid_jax.sampling import (
 from instantid_jax.variants import compared_variants, draw_variants, prompt_variants, save_variants, variants_of
 
 
+@while_read
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     given = gathered(arguments)
@@ -67,9 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.jobs is not None:
             return run_jobs(options)
         print("\n".join(map(str, run(options))), flush=True)
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"sample.py: {error if options.jobs else in_options(str(error))}", file=sys.stderr)
         return leave(status_of(error))

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import tyro
 
 try:
-    from instantid_jax.options import OptionError, check_folder, status_of, wrong_options
+    from instantid_jax.options import OptionError, check_folder, status_of, while_read, wrong_options
     from instantid_jax.parallel.distributed import is_main, join, leave, synchronize
     from instantid_jax.running import keep_compiled, noted_signals
     from instantid_jax.training.checks import missing_data
@@ -58,6 +58,7 @@ class Command:
     """Which one this is, from 0."""
 
 
+@while_read
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ from convert_weights.readers import read_controlnet, read_model
 from convert_weights.source import ConversionError
 from instantid_jax.checkpoint import WeightsError
 from instantid_jax.config import ConfigError
-from instantid_jax.options import OptionError, check_command, status_of
+from instantid_jax.options import OptionError, check_command, status_of, while_read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,17 +145,15 @@ def _print(lines: Iterable[str]) -> None:
         print(line)
 
 
+@while_read
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; 0 where it succeeded. An error is one message on stderr and 1 (of an option 2), never a traceback."""
     check_command("convert_weights", arguments, ("import", "export", "inspect", "diff", "verify"))
     command = tyro.cli(Command, prog="python -m convert_weights", description=__doc__, args=arguments)  # type: ignore[call-overload]
     try:
-        status = command.run()
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return command.run()
+    except BrokenPipeError:
+        raise
     except (ConversionError, ConfigError, WeightsError, OptionError, OSError) as problem:
         print(f"convert_weights: {problem}", file=sys.stderr)
         return status_of(problem)

@@ -29,7 +29,7 @@ from instantid_jax.face import PhotoError, load_photo, resize_img
 from instantid_jax.face.errors import import_opencv
 from instantid_jax.face.photo import rgb_array
 from instantid_jax.onnx_map import ControlMapError, MapKind, OnnxMap
-from instantid_jax.options import OptionError, status_of, wrong_options
+from instantid_jax.options import OptionError, status_of, while_read, wrong_options
 from instantid_jax.published import did_you_mean
 
 __all__ = ["NAMES", "ControlMapError", "OnnxMap", "Preprocessor", "canny", "check_preprocessors", "control_maps", "fitted", "read_preprocessor"]
@@ -170,6 +170,7 @@ class MapOptions:
     out: Path = Path("map.png")  # File of the map.
 
 
+@while_read
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status: 1 for a file that cannot be used, 2 for a wrong option."""
     options = tyro.cli(MapOptions, args=arguments, prog="python -m instantid_jax.control_maps")

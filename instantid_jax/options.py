@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import numbers
+import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from instantid_jax.published import nearest
 
-__all__ = ["OptionError", "Range", "check_command", "check_folder", "check_options", "status_of", "wrong_options"]
+__all__ = ["OptionError", "Range", "check_command", "check_folder", "check_options", "status_of", "while_read", "wrong_options"]
 
 
 class OptionError(ValueError):
@@ -23,6 +25,22 @@ class OptionError(ValueError):
 def status_of(error: BaseException) -> int:
     """The exit status: 2 for a wrong option, as the parser gives, 1 for everything else that fails."""
     return 2 if isinstance(error, OptionError) else 1
+
+
+def while_read(main: Callable[..., int]) -> Callable[..., int]:
+    """A command line whose output somebody may stop reading, as `head` does: it then ends with status 1 and without a word."""
+
+    @functools.wraps(main)
+    def guarded(*arguments: Any) -> int:
+        try:
+            status = main(*arguments)
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+
+    return guarded
 
 
 @contextlib.contextmanager

@@ -33,6 +33,8 @@ from PIL import Image
 from scipy.fft import dctn, idctn
 from scipy.stats import norm
 
+from instantid_jax.options import while_read
+
 __all__ = ["FALSE_POSITIVES", "Detection", "detect_watermark", "main", "mark_picture", "strength"]
 
 FALSE_POSITIVES = 1e-5
@@ -147,6 +149,7 @@ def _correlations(luma: np.ndarray) -> np.ndarray:
     return sums / max(float(np.linalg.norm(folded)), 1e-9)
 
 
+@while_read
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m instantid_jax.watermark", description="Says which pictures carry the mark of generated ones.")

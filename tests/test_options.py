@@ -1,12 +1,16 @@
 """Wrong options: what is said of them, and the exit status."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from instantid_jax.options import OptionError, Range, check_command, check_folder, check_options, status_of, wrong_options
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -58,3 +62,11 @@ def test_a_folder_that_cannot_be_is_refused_and_none_is_made(tmp_path: Path) -> 
 def test_a_place_that_takes_no_folder_is_named():
     with pytest.raises(ValueError, match=r"^--out /proc/x: /proc cannot be written to \(.+\); name another folder$"):
         check_folder(Path("/proc/x"))
+
+
+@pytest.mark.parametrize("module", ["sample", "instantid_jax.data.prepare", "convert_weights"])
+def test_a_reader_that_stops_reading_is_no_error(module):
+    """As `... --help | head -1`: no traceback, whoever it was."""
+    command = f"{sys.executable} -m {module} --help | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "u" and done.stderr == ""

@@ -31,7 +31,7 @@ from instantid_jax.data.record import DataError
 from instantid_jax.data.sources import RecordSource, splits_of
 from instantid_jax.data.transforms import aspect_buckets, assign_buckets
 from instantid_jax.face.analyzer import load_analyzer
-from instantid_jax.options import OptionError, Range, check_command, check_folder, check_options, status_of, wrong_options
+from instantid_jax.options import OptionError, Range, check_command, check_folder, check_options, status_of, while_read, wrong_options
 
 __all__ = ["main"]
 
@@ -317,6 +317,7 @@ _RANGES = {
 }
 
 
+@while_read
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status: 0, 2 for a wrong option, 130 when interrupted, 1 for what else fails."""
     check_command("prepare", arguments, COMMANDS)

@@ -31,7 +31,7 @@ from instantid_jax.evaluation.report import contact_sheet, flatten, markdown
 from instantid_jax.evaluation.store import Store
 from instantid_jax.evaluation.suite import ARMS, BASE, MAIN, TARGETS, ArmResult, Bench, check_arms
 from instantid_jax.face import load_analyzer
-from instantid_jax.options import OptionError, Range, check_options, status_of, wrong_options
+from instantid_jax.options import OptionError, Range, check_options, status_of, while_read, wrong_options
 from instantid_jax.pipeline import InstantIDPipeline
 from instantid_jax.running import keep_compiled
 
@@ -75,6 +75,7 @@ class Settings:
     """Print the ceilings, which need no weights, and stop."""
 
 
+@while_read
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     settings = tyro.cli(Settings, args=arguments, description=__doc__)

@@ -15,6 +15,7 @@ from typing import Annotated
 import tyro
 
 from instantid_jax.launch.recipes import JobSet, Launch, LaunchError, Slurm, TpuVm, Xpk
+from instantid_jax.options import while_read
 
 Recipe = (
     Annotated[TpuVm, tyro.conf.subcommand("tpu-vm")]
@@ -24,6 +25,7 @@ Recipe = (
 )
 
 
+@while_read
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     given = sys.argv[1:] if arguments is None else arguments

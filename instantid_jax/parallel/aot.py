@@ -25,6 +25,7 @@ if __name__ == "__main__":  # before JAX looks for devices
 
 import jax
 
+from instantid_jax.options import while_read
 from instantid_jax.parallel import hlo
 from instantid_jax.parallel.chips import Chip, TopologyError, device_mesh, parse_topology, topology_devices
 from instantid_jax.parallel.flops import kernel_flops
@@ -313,6 +314,7 @@ def tell(plan: Plan) -> str:
     return table(compile_plan(plan, lambda line: print(line, file=sys.stderr, flush=True)))
 
 
+@while_read
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m instantid_jax.parallel.aot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

@@ -16,6 +16,8 @@ from typing import Annotated
 
 import tyro
 
+from instantid_jax.options import while_read
+
 __all__ = ["draw", "read_curves"]
 
 Curves = dict[str, list[tuple[int, float]]]
@@ -68,6 +70,7 @@ def draw(curves: Curves, out: Path) -> None:
     figure.savefig(out, dpi=100, metadata={"Software": None})
 
 
+@while_read
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     settings = tyro.cli(Settings, args=arguments, description=__doc__)
