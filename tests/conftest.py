@@ -1,8 +1,12 @@
 """What every test shares: full float32 products, checked shape annotations, and the golden case's weights on disk."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # nothing outside the tests' folders, in their processes too
 
@@ -31,3 +35,24 @@ def golden_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("golden")
     main(GOLDEN / "dev", out)
     return out
+
+
+@pytest.fixture
+def compilations() -> Callable[[], AbstractContextManager[list[str]]]:
+    """``with compilations() as compiled:`` lists what is compiled within."""
+
+    @contextlib.contextmanager
+    def counted() -> Iterator[list[str]]:
+        compiled: list[str] = []
+
+        def listen(event: str, duration: float, **_: Any) -> None:
+            if event == "/jax/core/compile/backend_compile_duration":
+                compiled.append(event)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield compiled
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+
+    return counted

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from diffusers.image_processor import VaeImageProcessor
@@ -46,22 +45,13 @@ def test_the_official_number_of_steps(steps: int, strength: float | None, made: 
     assert request.plan.num_calls == made and request.start == steps - made and request.whole.num_calls == steps
 
 
-def test_other_strengths_pictures_masks_and_blurs_compile_nothing(pipe: InstantIDPipeline) -> None:
+def test_other_strengths_pictures_masks_and_blurs_compile_nothing(pipe: InstantIDPipeline, compilations: Any) -> None:
     make(pipe, mask_image=MASK)
-    compiled: list[str] = []
-
-    def listen(event: str, duration: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compilations() as compiled:
         others = [
             make(pipe, mask_image=255 - MASK, **change)
             for change in ({"strength": 0.3}, {"strength": 1.0}, {"mask_blur": 3}, {"init_image": 255 - PICTURE}, {"seed": 5})
         ]
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
     assert compiled == []
     assert all(np.abs(a - b).max() > 1e-3 for i, a in enumerate(others) for b in others[:i])
 

@@ -103,7 +103,7 @@ def test_stacked_layers_change_as_single_ones_do(network: str, pipe: InstantIDPi
         np.testing.assert_allclose(np.asarray(apart[path]), x, atol=2e-6 * np.abs(x).max(), err_msg=path)
 
 
-def test_kept_apart_is_merged_and_strengths_compile_nothing(loras: list[Lora]) -> None:
+def test_kept_apart_is_merged_and_strengths_compile_nothing(loras: list[Lora], compilations: Any) -> None:
     pipe, merged = random_pipeline(), random_pipeline()
     before = jax.tree.map(lambda x: x, pipe.parameters)
     plain = make(pipe)
@@ -114,18 +114,9 @@ def test_kept_apart_is_merged_and_strengths_compile_nothing(loras: list[Lora]) -
     expected = make(merged)
     assert np.abs(make(pipe) - expected).max() <= 1e-5 * np.abs(expected).max()
     assert np.abs(plain - expected).max() > 0.05 * np.abs(expected).max()
-    compiled: list[str] = []
-
-    def listen(event: str, duration: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compilations() as compiled:
         pipe.set_lora_scales([0.1, 2.0, -0.3])
         other = make(pipe)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
     assert not compiled and np.abs(other - expected).max() > 1e-3
     pipe.set_loras([])
     np.testing.assert_array_equal(make(pipe), plain)

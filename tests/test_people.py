@@ -50,20 +50,11 @@ def test_one_person_is_a_call_with_a_mask(pipe: InstantIDPipeline) -> None:
     np.testing.assert_allclose(make(pipe, person(0), person(1, identitynet_scale=0, ip_adapter_scale=0.0)), alone, atol=1e-4)
 
 
-def test_up_to_the_bound_nothing_is_compiled(pipe: InstantIDPipeline) -> None:
+def test_up_to_the_bound_nothing_is_compiled(pipe: InstantIDPipeline, compilations: Any) -> None:
     first = make(pipe, person(0))
-    compiled: list[str] = []
-
-    def listen(event: str, duration: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compilations() as compiled:
         others = [make(pipe, *map(person, range(n))) for n in (2, 3)]
         others += [make(pipe, person(0), person(1, ip_adapter_scale=0.3)), make(pipe, person(1, region=np.ones((64, 64), np.float32)))]
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
     assert compiled == []
     pictures = [first, *others]
     assert all(np.abs(a - b).max() > 1e-4 for i, a in enumerate(pictures) for b in pictures[:i])

@@ -3,7 +3,6 @@
 import re
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -41,24 +40,15 @@ def test_a_picture_does_not_depend_on_its_batch(pipe: InstantIDPipeline) -> None
         assert (difference > 0).mean() <= 1e-3
 
 
-def test_other_values_compile_nothing(pipe: InstantIDPipeline) -> None:
+def test_other_values_compile_nothing(pipe: InstantIDPipeline, compilations: Any) -> None:
     mask = np.zeros((64, 64), np.float32)
     make(pipe, negative_prompt="x", control_mask=mask)
-    compiled: list[str] = []
-
-    def listen(event: str, duration: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compilations() as compiled:
         make(
             pipe, prompt="two dogs", negative_prompt="blue", seed=99, guidance_scale=3.0, guidance_rescale=0.5, ip_adapter_scale=0.2,
             controlnet_conditioning_scale=0.3, control_guidance_start=0.2, control_guidance_end=0.7, image_embeds=-EMBEDDING,
             image=draw_kps((64, 64), KPS + 5), control_mask=mask + 1, original_size=(10, 20), crops_coords_top_left=(3, 4),
         )  # fmt: skip
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
     assert compiled == []
 
 
@@ -90,20 +80,11 @@ def test_every_setting_reaches_the_picture(pipe: InstantIDPipeline, change: dict
     assert np.abs(make(pipe, output_type="latent") - make(pipe, output_type="latent", **change)).max() > 1e-4
 
 
-def test_shortcuts_reach_the_picture_and_another_pace_compiles_nothing(pipe: InstantIDPipeline) -> None:
+def test_shortcuts_reach_the_picture_and_another_pace_compiles_nothing(pipe: InstantIDPipeline, compilations: Any) -> None:
     fast = {"cache_interval": 2, "control_interval": 2, "guidance_end": 0.7, "output_type": "latent"}
     first = make(pipe, **fast)
-    compiled: list[str] = []
-
-    def listen(event: str, duration: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compilations() as compiled:
         others = [make(pipe, **fast | change) for change in ({"cache_interval": 3}, {"control_interval": 3}, {"guidance_start": 0.3})]
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
     assert compiled == []
     pictures = [first, *others, make(pipe, output_type="latent")]
     assert all(np.abs(a - b).max() > 1e-4 for i, a in enumerate(pictures) for b in pictures[:i])
@@ -224,19 +205,9 @@ def test_given_latents_replace_the_seed(pipe: InstantIDPipeline) -> None:
         ({"image": np.full((64, 64, 3), 1.5)}, r"image must be uint8, or float in \[0, 1\]"),
     ],
 )
-def test_bad_arguments_get_one_clear_sentence(pipe: InstantIDPipeline, change: dict[str, Any], message: str) -> None:
-    compiled: list[str] = []
-
-    def listen(event: str, duration: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        with pytest.raises(PipelineError, match=message):
-            make(pipe, **change)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+def test_bad_arguments_get_one_clear_sentence(pipe: InstantIDPipeline, change: dict[str, Any], message: str, compilations: Any) -> None:
+    with compilations() as compiled, pytest.raises(PipelineError, match=message):
+        make(pipe, **change)
     assert compiled == []
 
 
