@@ -102,7 +102,10 @@ def test_the_last_noise_level_reaches_the_picture(pipe: InstantIDPipeline) -> No
     assert np.abs(make(pipe, sampler="unipc", output_type="latent") - old).max() > 1e-4
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+QUICK = ("euler", "euler_a", "dpmpp_2m", "unipc")  # the others' arithmetic is held against diffusers without a pipeline
+
+
+@pytest.mark.parametrize("sampler", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS])
 def test_every_sampler_runs_and_repeats(pipe: InstantIDPipeline, sampler: str) -> None:
     first, second = (make(pipe, sampler=sampler, output_type="latent") for _ in range(2))
     assert np.isfinite(first).all()
