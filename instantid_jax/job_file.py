@@ -85,7 +85,7 @@ def read_jobs(path: Path, given: SampleOptions, config: ModelConfig) -> list[Pic
 def _fields(text: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"is no JSON object ({error})") from error
     if not isinstance(fields, dict):
         raise ValueError(f"is no JSON object but {text.strip()[:40]}")

@@ -181,6 +181,7 @@ def _is_strength(value: Any) -> bool:
 
 
 _TEXT = _is(str, f"a text of at most {_MAX_LENGTH} characters", lambda text: len(text) <= _MAX_LENGTH and "\0" not in text)
+_LINE = _is(str, "a line of at most 1000 printable characters", lambda text: len(text) <= 1000 and text.isprintable())
 _NAME = _is(str, "a name without folders", _is_name)
 _WHOLE = _is(int, f"a whole number from {-_MAX_NUMBER} to {_MAX_NUMBER}", lambda value: abs(value) <= _MAX_NUMBER)
 _REAL = _is((int, float), f"a number from {-_MAX_NUMBER} to {_MAX_NUMBER}", lambda value: abs(value) <= _MAX_NUMBER)
@@ -219,7 +220,8 @@ _SCHEMA: dict[str, Check] = {
     **{f"{kind}_sha256": _several(_HASHED, most=256) for kind in FILES},
     **{f"{kind}_sha256": _HASHED for kind in ("weights", "analyzer")},
     **dict.fromkeys(("model", "face"), _NAME),
-    **dict.fromkeys(("version", "made_with", "variant"), _TEXT),
+    **dict.fromkeys(("version", "made_with"), _LINE),
+    "variant": _TEXT,
     "sheet": _is(bool, "true or false"),
     "batch": _is(dict, "an object"),
     "face_vector": _several(_REAL),

@@ -73,10 +73,10 @@ class PeopleFile:
 
 def read_people_file(path: Path) -> PeopleFile:
     """Reads a people file. Raises `PeopleFileError` for what is wrong, and OSError where there is no such file."""
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PeopleFileError(f"{path}: cannot be read as {'JSON' if path.suffix == '.json' else 'TOML'} ({error})") from error
     try:
         return _people(content, path.parent)

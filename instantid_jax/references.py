@@ -98,7 +98,7 @@ def read_keypoints(path: Path) -> Identity:
             raise ValueError(f"size must be two whole numbers (width, height), not {size!r}")
         if ((kps < 0) | (kps >= np.asarray(size))).any(axis=1).all():
             raise ValueError(f"all keypoints lie outside the picture of {size[0]} x {size[1]} pixels")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise KeypointError("keypoints_file", f"{path}: is no file of keypoints: {error}") from error
     nobody = np.zeros(0, np.float32)
     return Identity(nobody, Face(np.concatenate([kps.min(axis=0), kps.max(axis=0)]), kps, 1.0, nobody), (size[0], size[1]), "precomputed")

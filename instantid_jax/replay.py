@@ -57,6 +57,8 @@ def recorded_options(recorded: Mapping[str, Any]) -> SampleOptions:
     values: dict[str, Any] = {name: tuple(recorded[name]) if isinstance(recorded[name], list) else recorded[name] for name in kept}
     texts: dict[str, Any] = {name: literal(values[name]) for name in ("prompt", "negative_prompt") if values.get(name) is not None}
     values |= texts
+    if recorded.get("face_vector") is None:
+        values.pop("keep_face_vector", None)  # somebody else's text asks for no vector that is not there already
     return SampleOptions(**values)
 
 
@@ -69,6 +71,9 @@ class Replay:
         self.path, self.recorded = path, read_recorded(path)
         if self.recorded.get("sheet"):
             raise ReplayError(f"{path}: is a contact sheet; name one of its pictures")
+        known = [person.name for person in people()]
+        if self.recorded.get("face") not in (None, *known):
+            raise ReplayError(f"{path}: shows {_shown(self.recorded['face'])}, who is none of the people who come along ({', '.join(known)})")
         self.base = recorded_options(self.recorded)
         self.changed: set[str] = set()
         self.told: list[str] = []
@@ -92,6 +97,12 @@ class Replay:
         if self.changed & {"prompt", "negative_prompt", "style"}:
             self.changed |= {"prompt", "negative_prompt", "style"}
         given = self._with_files(given, scratch)
+        if given.keep_face_vector and self.base.keep_face_vector and "face_sha256" in self.changed:
+            given = dataclasses.replace(given, keep_face_vector=False)
+            self.changed.add("keep_face_vector")
+            self.told.append("the face is another one, so its vector is not stored, as the recorded one was")
+        if not given.watermark and "watermark" not in self.changed:
+            self.told.append("without a mark, as recorded; --watermark makes one")
         self._check_weights(given)
         for name, now in (("made_with", made_with()), ("version", f"instantid_jax {__version__}")):
             if self.recorded.get(name, now) != now:
@@ -226,4 +237,5 @@ def _paths(value: Any) -> tuple[Path, ...]:
 
 def _shown(value: Any) -> str:
     text = " ".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
+    text = "".join(character if character.isprintable() else "?" for character in text)  # a terminal obeys some that are not
     return text if len(text) <= 60 else text[:57] + "..."

@@ -79,7 +79,7 @@ class SampleOptions:
     steps: int | None = None  # Denoising steps; by default 30 (20 with the small model).
     sampler: SamplerName | None = None  # How to go from noise to a picture; by default euler.
     sampler_option: tuple[str, ...] = ()  # The sampler's own options as key=value: karras=true, eta=0.5, timestep_spacing=trailing.
-    guidance_scale: float | None = None  # Classifier-free guidance, by default 5 (3 with the small model); 1 or less switches it off.
+    guidance_scale: float | None = None  # Classifier-free guidance, by default 5 (2 with the small model); 1 or less switches it off.
     guidance_rescale: float = 0.0  # Against over-saturation, 0 to 1.
     guidance_start: float = 0.0  # Fraction of the steps at which guidance begins; before it a step costs half.
     guidance_end: float = 1.0  # Fraction of the steps at which it ends, likewise.
@@ -243,6 +243,8 @@ class SampleOptions:
                 raise ValueError(f"--{beside[0].replace('_', '-')} goes with --init-image, the picture that it changes")
         if (self.mask_blur or not self.keep_unmasked) and self.mask_image is None:
             raise ValueError(f"--{'mask-blur' if self.mask_blur else 'no-keep-unmasked'} goes with --mask-image")
+        if not self.mask_blur >= 0:
+            raise ValueError(f"--mask-blur must be at least 0, got {self.mask_blur}")
         beside = [name for name in _REFINING[1:] if getattr(self, name) != getattr(SampleOptions, name)]
         if beside and not self.refine_face:
             raise ValueError(f"--{beside[0].replace('_', '-')} goes with --refine-face")

@@ -168,12 +168,12 @@ def read_strength(value: Any) -> Strength:
     return Strength(Layers(Schedule((_constant(_number(value)),))))
 
 
+_DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+
+
 def number_or_text(text: str) -> float | str:
     """A strength as options hold it, of a text that a user gives: a number where it is one. Raises `StrengthError`."""
-    try:
-        value: float | str = float(text)
-    except ValueError:
-        value = text
+    value: float | str = float(text) if _DECIMAL.fullmatch(text.strip()) else text
     read_strength(value)
     return value
 

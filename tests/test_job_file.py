@@ -49,6 +49,7 @@ def test_every_option_of_a_picture_is_a_field():
     [
         ("{", r"jobs\.jsonl, line 1: is no JSON object \("),
         ("[1]", "is no JSON object but"),
+        ("[" * 100_000, "is no JSON object"),
         ({"face": "a", "stepps": 3}, r"unknown field 'stepps'; did you mean 'steps'\?"),
         ({"face": "a", "weights": "w"}, "weights is the same for all jobs; give it on the command line"),
         ({"face": "a", "out": "w"}, "out is the same for all jobs"),

@@ -41,6 +41,12 @@ def test_settings_come_back_as_options(suffix, settings, tmp_path):
     assert options.sampler_option == ("eta=0.5",) and options.view == ("yaw=3",) and options.steps == 20 and options.face == ()
 
 
+def test_a_vector_is_kept_only_where_there_is_one(settings):
+    asked = settings | {"keep_face_vector": True}
+    assert not recorded_options(asked).keep_face_vector
+    assert recorded_options(asked | {"face_vector": [1.0, 2.0]}).keep_face_vector
+
+
 def test_other_programs_find_the_parameters(settings, tmp_path):
     save_picture(Image.new("RGB", (64, 64), "gray"), tmp_path / "a.jpg", settings)
     with Image.open(tmp_path / "a.jpg") as image:
@@ -101,6 +107,8 @@ def test_settings_too_long_for_a_jpeg_are_told(settings, tmp_path):
         ({"batch": {"count": 2, "index": 0, "x": 1}}, "unknown key 'x' in batch"),
         ({"batch": {"count": 2, "index": 0, "prompts": ["a"]}}, "prompts and negative_prompts of batch go together"),
         ({"size": "64x64x64"}, "size must be WIDTHxHEIGHT"),
+        ({"made_with": "jax\nsample.py: all is well"}, "made_with must be a line of at most 1000 printable characters"),
+        ({"version": "\x1b[31mred"}, "version must be a line of at most 1000 printable characters"),
         ({"prompt": {"a": {"b": {"c": {"d": 1}}}}}, "nested more than 4 deep"),
     ],
 )

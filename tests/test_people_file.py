@@ -86,3 +86,11 @@ def test_a_pose_is_fitted_into_a_box() -> None:
 def test_a_wrong_file_is_told_in_one_sentence(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(PeopleFileError, match=message):
         read(tmp_path, text)
+
+
+@pytest.mark.parametrize("name", ["people.json", "people.toml"])
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"x = " + b"[" * 100_000, b"\xff\xfe"])
+def test_nested_too_deep_or_no_text(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PeopleFileError, match=rf"{name}: cannot be read as (JSON|TOML)"):
+        read_people_file(tmp_path / name)

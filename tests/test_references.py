@@ -124,6 +124,12 @@ def test_a_wrong_file_of_keypoints_is_told(content: Any, message: str, tmp_path:
         read_identity((path,), lambda: Scripted())
 
 
+def test_keypoints_nested_too_deep_are_told(tmp_path: Path) -> None:
+    (tmp_path / "pose.json").write_text("[" * 100_000)
+    with pytest.raises(KeypointError, match="is no file of keypoints"):
+        read_identity((tmp_path / "pose.json",), lambda: Scripted())
+
+
 def test_a_line_for_each_photo(photo: Path) -> None:
     identity = read_identity((photo, photo), lambda: Scripted(face((0, 0, 640, 640))), 4, None, "mean", (3, 1))
     assert photos_table(identity).splitlines() == [f"small.png: counts {w}, similarity to the others 1.00, length 2.0" for w in ("0.75", "0.25")]

@@ -22,7 +22,7 @@ from instantid_jax.models import build_networks
 from instantid_jax.models.adapter import site_numbers
 from instantid_jax.parallel.flops import executed_flops
 from instantid_jax.pipeline import InstantIDPipeline, PipelineError, check_call
-from instantid_jax.strengths import StrengthError, adapter_places, control_places, read_strength
+from instantid_jax.strengths import StrengthError, adapter_places, control_places, number_or_text, read_strength
 
 DOCS = (Path(__file__).parents[1] / "docs/strengths.md").read_text(encoding="utf-8")
 TEN, SDXL = range(10), (control_places(sdxl().identitynet), adapter_places(sdxl().unet))
@@ -353,6 +353,13 @@ def equations(jaxpr: Any) -> Any:
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
             if hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns"):
                 yield from equations(value)
+
+
+def test_numbers_of_options_are_those_of_the_grammar() -> None:
+    assert [number_or_text(text) for text in ("1", "-0.5", ".5", "1e-2", " 2 ")] == [1.0, -0.5, 0.5, 0.01, 2.0]
+    for text in ("1_0", "\uff11", "nan", "inf", "0x1", ""):
+        with pytest.raises(StrengthError):
+            number_or_text(text)
 
 
 @pytest.mark.parametrize("mask", [None, pytest.param((8, 8, 40, 48), marks=pytest.mark.slow)])

@@ -83,6 +83,10 @@ def test_a_view_is_made_again_and_a_kept_face_needs_no_photo(tmp_path: Path, cap
     assert sample.main([*options, "--out", str(tmp_path / "plain")]) == 0
     kept, plain = (tmp_path / name / "view_01_000000.png" for name in ("a", "plain"))
     assert len(read_settings(kept)["face_vector"]) == 128 and not [key for key in read_settings(plain) if key.startswith("face_v")]
+    other = ["--face", str(people()[1].photo), "--allow-changed-files", "--out", str(tmp_path / "other")]
+    assert sample.main(["--replay", str(kept), *other]) == 0
+    assert "its vector is not stored" in capsys.readouterr().out
+    assert not {"face_vector", "face_keypoints"} & set(read_settings(tmp_path / "other" / kept.name))
     photo.rename(tmp_path / "away.png")
     assert sample.main(["--replay", str(kept), "--out", str(tmp_path / "b")]) == 0
     assert (tmp_path / "b" / kept.name).read_bytes() == kept.read_bytes()
@@ -100,6 +104,8 @@ def test_other_files_are_refused_unless_allowed(tmp_path: Path, capsys: pytest.C
     save_picture(Image.new("RGB", (64, 64)), changed, read_settings(path) | {"weights_sha256": "0" * 64})
     named = tmp_path / "named.png"
     save_picture(Image.new("RGB", (64, 64)), named, read_settings(path) | {"weights": "w"})
+    nobody, batch = tmp_path / "nobody.png", {"count": 1, "index": 0, "prompts": ["x"], "negative_prompts": [None]}
+    save_picture(Image.new("RGB", (64, 64)), nobody, read_settings(path) | {"face": "nobody", "batch": batch})
     capsys.readouterr()
     for arguments, message in (
         (["--replay", str(path), "--face", other], f"{other} is not the --face of 000000.png: SHA-256 "),
@@ -107,6 +113,7 @@ def test_other_files_are_refused_unless_allowed(tmp_path: Path, capsys: pytest.C
         (["--replay", str(named)], "was made with weights called 'w'; name their folder with --weights"),
         (["--replay", str(tmp_path / "nowhere.png")], "nowhere.png: there is no such file"),
         (["--replay", FACE], "holds no settings of sample.py"),
+        (["--replay", str(nobody)], "shows nobody, who is none of the people who come along (person_"),
     ):
         assert sample.main([*arguments, "--out", str(tmp_path / "b")]) == 1
         lines = capsys.readouterr().err.strip().splitlines()
