@@ -16,6 +16,7 @@ import numpy as np
 
 from instantid_jax.denoise import Conditions
 from instantid_jax.face import FaceError, prepare_control_image
+from instantid_jax.people_file import MOST
 from instantid_jax.request import PipelineError, Request, check_picture, check_strength, check_whole
 
 __all__ = ["MOST_PEOPLE", "People", "Person", "check_people", "control_pictures", "with_people"]
@@ -57,7 +58,7 @@ class People(NamedTuple):
 
 def check_people(people: Any, most: Any, request: Request, size: tuple[int, int], width: int) -> People:
     """Checks people for pictures of ``size = (height, width)`` and embeddings of `width` values. Raises `PipelineError`, naming the person."""
-    places = check_whole("max_people", most, 1, 64)
+    places = check_whole("max_people", most, 1, MOST)
     if not isinstance(people, Sequence) or not people or not all(isinstance(person, Person) for person in people):
         raise PipelineError("people must be a list of instantid_jax.Person, at least one")
     if len(people) > places:

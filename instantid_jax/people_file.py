@@ -29,6 +29,8 @@ from instantid_jax.strengths import StrengthError, read_strength
 
 __all__ = ["PeopleFile", "PeopleFileError", "PersonEntry", "read_people_file"]
 
+MOST = 64
+"""People in one picture."""
 _PERSON = ("name", "face", "face_index", "box", "mask", "pose", "pose_face_index", "keypoints", "identitynet_scale", "ip_adapter_scale")
 
 
@@ -89,6 +91,8 @@ def _people(content: Any, folder: Path) -> PeopleFile:
     listed = content.get("person")
     if not isinstance(listed, list) or not listed:
         raise ValueError("holds no [[person]]")
+    if len(listed) > MOST:
+        raise ValueError(f"holds {len(listed)} people; at most {MOST} fit in one picture")
     people = tuple(_person(about, number, folder) for number, about in enumerate(listed, 1))
     names = [person.name for person in people]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -153,6 +157,8 @@ def _array(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
         raise ValueError(f"{name} must be {what}, not {value!r}")
     if shape == (4,) and not (array[0] < array[2] and array[1] < array[3]):
         raise ValueError(f"{name} {value} has no inside; left must be below right, and top below bottom")
+    if shape == (4,) and (array[0] >= 1 or array[1] >= 1 or array[2] <= 0 or array[3] <= 0):
+        raise ValueError(f"{name} {value} lies outside the picture, which is 0 to 1 across and down")
     if array.min() < -1 or array.max() > 2:
         raise ValueError(f"{name} is in parts of the picture, 0 to 1, not {value!r}")
     return array

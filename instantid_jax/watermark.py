@@ -151,7 +151,7 @@ def _correlations(luma: np.ndarray) -> np.ndarray:
 
 @while_read
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Command line; returns the exit status: 0 where all are marked, 1 where one is not, 2 where one cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m instantid_jax.watermark", description="Says which pictures carry the mark of generated ones.")
     parser.add_argument("pictures", nargs="+", type=Path, help="files of pictures")
     status = 0
@@ -162,7 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found = detect_watermark(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             print(f"watermark: {path}: cannot be read as a picture ({error})", file=sys.stderr)
-            return 2
+            status = 2
+            continue
         print(f"{path}: {'marked' if found.marked else 'not marked'} (z {found.z:.1f}, threshold {found.threshold:.1f})")
         status = max(status, 0 if found.marked else 1)
     return status

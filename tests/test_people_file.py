@@ -69,6 +69,8 @@ def test_a_pose_is_fitted_into_a_box() -> None:
         ('[[person]]\nface = "a.jpg"\nmask = "m.png"', "person 1: nothing says where the keypoints are"),
         ('[[person]]\nface = "a.jpg"\nbox = [1, 0, 0, 1]', "person 1: box .* has no inside"),
         ('[[person]]\nface = "a.jpg"\nbox = [0, 0, 64, 64]', "person 1: box is in parts of the picture, 0 to 1"),
+        ('[[person]]\nface = "a.jpg"\nbox = [1.2, 0, 1.9, 1]', "person 1: box .* lies outside the picture"),
+        ('[[person]]\nface = "a.jpg"\nbox = [0, 0, 1, 1]\n' * 65, "holds 65 people; at most 64 fit in one picture"),
         ('[[person]]\nface = "a.jpg"\nbox = [0, 0, 1]', "person 1: box must be four numbers"),
         ('[[person]]\nface = "a.jpg"\nbox = [0, 0, 1, 1]\nkeypoints = [[0, 0]]', "person 1: keypoints must be five points"),
         ('[[person]]\nface = "a.jpg"\nbox = [0, 0, 1, 1]\nmask = "m.png"', "person 1: has box and mask; give one of them"),

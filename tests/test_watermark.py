@@ -73,6 +73,8 @@ def test_exit_statuses(photo, marked, tmp_path, capsys):
     assert watermark.main([str(tmp_path / "text.png")]) == 2
     assert watermark.main([str(tmp_path / "nowhere.png")]) == 2
     assert capsys.readouterr().err.count("cannot be read as a picture") == 2
+    assert watermark.main([str(tmp_path / "text.png"), str(tmp_path / "marked.png")]) == 2
+    assert "marked.png: marked (z " in capsys.readouterr().out  # one that cannot be read does not hide the others
     with pytest.raises(SystemExit) as caught:
         watermark.main([])
     assert caught.value.code == 2
