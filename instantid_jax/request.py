@@ -69,10 +69,11 @@ _OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ("init_image", "str
 def in_options(message: str) -> str:
     """A message about the pipeline's arguments in the words of ``sample.py``: "num_images_per_prompt" as "--num-images".
 
-    Names without an underscore are plain words too, so they count at the beginning alone.
+    Names without an underscore are plain words too, so they count at the beginning alone. Names of files, columns and fields stay.
     """
     for name, option in _OPTIONS.items():
-        message = re.sub(rf"\b{name}\b" if "_" in name else rf"^{name}\b(?= must)", option, message)
+        inside = rf"(?<![\w/\\.-])(?<!column )(?<!field ['\"]){name}(?![\w/\\-]|\.\w)"
+        message = re.sub(inside if "_" in name else rf"^{name}\b(?= must)", option, message)
     return message
 
 

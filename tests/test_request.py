@@ -25,6 +25,9 @@ def test_a_call_is_checked_without_a_model() -> None:
         ("num_inference_steps must be between 1 and 1000, not 0", "--steps must be between 1 and 1000, not 0"),
         ("seed must be between 0 and 4294967295, not -1", "--seed must be between 0 and 4294967295, not -1"),
         ("the prompt has more than 77 tokens, seed must", "the prompt has more than 77 tokens, seed must"),
+        ("guidance_scale.png: there is no such file", "guidance_scale.png: there is no such file"),
+        ("photos/guidance_scale: there is no such file", "photos/guidance_scale: there is no such file"),
+        ("p.csv, line 2: column ip_adapter_scale must be a number", "p.csv, line 2: column ip_adapter_scale must be a number"),
     ],
 )
 def test_messages_in_the_words_of_the_command_line(message: str, expected: str) -> None:
