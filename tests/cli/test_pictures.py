@@ -128,3 +128,22 @@ def test_other_files_are_refused_unless_allowed(tmp_path: Path, capsys: pytest.C
 def test_the_arrays_of_python_are_not_marked(tmp_path: Path) -> None:
     assert sample.main([*SHORT, "--no-watermark", "--out", str(tmp_path)]) == 0
     assert watermark.main([str(tmp_path / "000000.png")]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--people", str(ROOT / "docs/people.toml")),
+        ("--face", FACE, "--blend", str(people()[1].photo), "--blend-steps", "2"),
+        ("--face", FACE, "--prompt-file", str(ROOT / "docs/prompts.csv"), "--format", "webp"),
+    ],
+    ids=["people", "blend", "file of prompts"],
+)
+def test_groups_blends_and_files_of_prompts_are_made_again(options: tuple[str, ...], tmp_path: Path) -> None:
+    assert sample.main([*options, "--steps", "2", "--out", str(tmp_path / "a")]) == 0
+    pictures = [path for path in sorted((tmp_path / "a").iterdir()) if path.stem != "sheet"]
+    files = options if options[0] == "--people" else ()
+    for path in pictures[:: max(len(pictures) - 1, 1)]:
+        assert sample.main(["--replay", str(path), *files, "--out", str(tmp_path / "b")]) == 0
+        assert (tmp_path / "b" / path.name).read_bytes() == path.read_bytes()
