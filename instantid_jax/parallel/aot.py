@@ -25,7 +25,7 @@ if __name__ == "__main__":  # before JAX looks for devices
 
 import jax
 
-from instantid_jax.options import while_read
+from instantid_jax.options import status_of, while_read
 from instantid_jax.parallel import hlo
 from instantid_jax.parallel.chips import Chip, TopologyError, device_mesh, parse_topology, topology_devices
 from instantid_jax.parallel.flops import kernel_flops
@@ -148,7 +148,7 @@ def _too_large(stage: Stage, message: str, minimum: float, seconds: float) -> St
         r"\(([\d.]+)([TGMK])\) exceeds available HBM \(([\d.]+[GMK])\)", message
     )
     if used is None:
-        raise TopologyError(f"{stage.name} does not compile: {message.splitlines()[0]}")
+        raise ValueError(f"{stage.name} does not compile: {message.splitlines()[0]}")
     needed = int(float(used.group(1)) * {"T": 2**40, "G": 2**30, "M": 2**20, "K": 2**10}[used.group(2)])
     nothing: dict[str, Any] = dict.fromkeys((f.name for f in dataclasses.fields(StageReport)), 0)
     told = {
@@ -344,7 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = compile_plan(plan, lambda line: print(line, file=sys.stderr, flush=True), given.dump)
     except (ValueError, OSError) as error:
         print(f"aot: {error}", file=sys.stderr)
-        return 1
+        return status_of(error)
     print(table(result))
     if given.json is not None:
         given.json.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")

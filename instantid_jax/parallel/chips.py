@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from instantid_jax.options import OptionError
 from instantid_jax.parallel.mesh import AXES
 
 __all__ = ["CHIPS", "Chip", "TopologyError", "device_mesh", "topology_devices"]
@@ -21,8 +22,8 @@ __all__ = ["CHIPS", "Chip", "TopologyError", "device_mesh", "topology_devices"]
 GiB = 2**30
 
 
-class TopologyError(ValueError):
-    """A topology that does not exist or cannot be described here."""
+class TopologyError(OptionError):
+    """A topology that does not exist, or a plan that does not fit it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...], int]:
 
 
 def topology_devices(name: str) -> tuple[Chip, list[Any]]:
-    """The chip and the devices of a topology, to compile for. Needs libtpu, but no TPU. Raises TopologyError."""
+    """The chip and the devices of a topology, to compile for. Needs libtpu, but no TPU. Raises TopologyError, ValueError."""
     generation, shape, slices = parse_topology(name)
     # libtpu looks for a machine's metadata, and locks itself, unless told that there is none.
     alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}
@@ -85,7 +86,7 @@ def topology_devices(name: str) -> tuple[Chip, list[Any]]:
     try:
         import libtpu  # noqa: F401
     except ModuleNotFoundError as missing:
-        raise TopologyError('compiling for a TPU needs its compiler: pip install -e ".[tpu]"') from missing
+        raise ValueError('compiling for a TPU needs its compiler: pip install -e ".[tpu]"') from missing
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}

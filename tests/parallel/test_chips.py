@@ -2,6 +2,7 @@
 
 import pytest
 
+from instantid_jax.parallel import aot
 from instantid_jax.parallel.chips import CHIPS, TopologyError, parse_topology
 
 
@@ -29,3 +30,8 @@ def test_what_is_no_topology_is_refused_with_examples(name: str, message: str) -
 def test_peaks_are_whole_multipliers(name: str) -> None:
     """Operations a cycle are two for each multiplier of 128 x 128 or 256 x 256 units."""
     assert CHIPS[name].flops_per_cycle / 2 / 128**2 == pytest.approx(round(CHIPS[name].flops_per_cycle / 2 / 128**2), rel=0.02)
+
+
+def test_a_wrong_topology_is_a_wrong_option(capsys):
+    assert aot.main(["--topology", "v9x:4x4", "--program", "unet"]) == 2
+    assert capsys.readouterr().err.startswith("aot: 'v9x:4x4' is no topology known here; known are ")
