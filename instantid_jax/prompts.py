@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,9 +89,9 @@ def _whole(text: str) -> int:
     return value
 
 
-def _number(text: str) -> float:
+def _guidance(text: str) -> float:
     value = float(text)
-    if not math.isfinite(value):
+    if not 0 <= value <= 100:
         raise ValueError
     return value
 
@@ -102,7 +101,7 @@ _CELLS: dict[str, tuple[Callable[[str], Any], str]] = {
     "negative_prompt": (str, "a text"),
     "seed": (_whole, f"a whole number from 0 to {2**32 - 1}"),
     "style": (lambda text: (text,), "a name"),
-    "guidance_scale": (_number, "a number"),
+    "guidance_scale": (_guidance, "a number from 0 to 100"),
     "identitynet_scale": (number_or_text, "a strength"),
     "ip_adapter_scale": (number_or_text, "a strength"),
 }
