@@ -15,7 +15,7 @@ from instantid_jax.face import FaceAnalyzer, FaceError, load_photo
 from instantid_jax.face_refine import Refined, refine_face, refine_people
 from instantid_jax.people_file import PeopleFile
 from instantid_jax.pipeline import InstantIDPipeline, check_call
-from instantid_jax.request import PipelineError, check_strength
+from instantid_jax.request import PipelineError, Request, check_strength
 from instantid_jax.sample_options import SampleOptions
 
 __all__ = ["calls_of_run", "drawn", "initial_of", "on_initial_canvas"]
@@ -48,6 +48,11 @@ def calls_of_run(s: SampleOptions, config: ModelConfig, calls: Sequence[dict[str
     nets = 1 + len(s.controlnet)
     checked = [check_call(config, nets=nets, **call) for call in calls]
     first = checked[0].plan.num_calls
+    if _outside(checked) and not s.refine_face:
+        if listed is not None:
+            raise ValueError("a strength outside has no meaning with --people, each of whom acts in the own region; give strengths without")
+        if s.control_mask is None and not s.enhance_non_face_region:
+            raise ValueError("a strength outside needs --control-mask or --enhance-non-face-region, which says where that is")
     if not s.refine_face:
         return first
     try:
@@ -57,9 +62,14 @@ def calls_of_run(s: SampleOptions, config: ModelConfig, calls: Sequence[dict[str
             check_strength("ip_adapter_scale", person.ip_adapter_scale, second[0].plan.steps, second[0].places[1])
     except PipelineError as error:
         raise ValueError(f"the second pass of --refine-face: {error}") from error
-    if any(strength and strength.outside for request in second for strength in (*request.scales, request.ip_adapter_scale)):
+    if _outside(second):
         raise ValueError("--refine-face draws a face alone, which has no outside; give strengths without")
     return (0 if s.only_refined else first) + second[0].plan.num_calls * s.num_images * (1 if listed is None else len(listed.people))
+
+
+def _outside(requests: Sequence[Request]) -> bool:
+    """Whether a strength says something of the outside of a mask."""
+    return any(strength and strength.outside for request in requests for strength in (*request.scales, request.ip_adapter_scale))
 
 
 def drawn(

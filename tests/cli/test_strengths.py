@@ -44,6 +44,7 @@ def test_commands_draw(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("options", "message"),
     [
         (["--ip-adapter-scale", "linear(1 0)"], "--ip-adapter-scale 'linear(1 0)': ',' is needed (at '0', character 10)"),
+        (["--ip-adapter-scale", "inside: 1; outside: 0"], "a strength outside needs --control-mask or --enhance-non-face-region, which says"),
         (["--ip-adapter-scale", "[1, 2]"], "--ip-adapter-scale the list has 2 values for 20 steps; give one for each step"),
         (["--identitynet-scale", "up=1, down=1, mid=1"], "--identitynet-scale or --control-scale there is no layer 'up' here"),
         (["--compare", "ip_adapter_scal=1"], "did you mean '--ip-adapter-scale'?"),
