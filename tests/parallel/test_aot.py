@@ -77,5 +77,5 @@ def test_the_command_lines_name_a_wrong_topology(program: str, monkeypatch: pyte
     monkeypatch.chdir(ROOT)
     name, *options = program.split()
     main = importlib.import_module(name.removesuffix(".py")).main
-    assert main([*options, "--aot", "v9:1x1"]) == 1
+    assert main([*options, "--aot", "v9:1x1"]) == 2
     assert capsys.readouterr().err.startswith(f"{name}: 'v9:1x1' is no topology known here")
