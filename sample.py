@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.jobs is not None:
             return run_jobs(options)
         print("\n".join(map(str, run(options))), flush=True)
-    except BrokenPipeError:
+    except BrokenPipeError:  # an OSError, but no fault: `while_read` has it
         raise
     except (ValueError, OSError) as error:
         print(f"sample.py: {error if options.jobs else in_options(str(error))}", file=sys.stderr)

@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = tyro.cli(Command, prog="python -m convert_weights", description=__doc__, args=arguments)  # type: ignore[call-overload]
     try:
         return command.run()
-    except BrokenPipeError:
+    except BrokenPipeError:  # an OSError, but no fault: `while_read` has it
         raise
     except (ConversionError, ConfigError, WeightsError, OptionError, OSError) as problem:
         print(f"convert_weights: {problem}", file=sys.stderr)
