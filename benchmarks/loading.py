@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
             jax.block_until_ready(load_weights(folder, shardings=dict.fromkeys(names, whole)))
 
         def stacked() -> None:
-            jax.block_until_ready(jax.device_put(network.from_disk(load_weights(folder), options.network)))
+            jax.block_until_ready(jax.device_put(network.from_disk(load_weights(folder, later=True), options.network)))
 
         ways: dict[str, Callable[[], Any]] = {
             "plain reading, one thread": lambda: plain(files, 1),

@@ -23,11 +23,12 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 from safetensors import SafetensorError, safe_open
 
+from instantid_jax.mapped import THREADS, read_ahead
+
 __all__ = ["WeightsError", "has_weights", "load_weights", "quiet_orbax", "save_weights", "stored_networks"]
 
 SINGLE_FILE = "weights.safetensors"
 _METADATA = "_CHECKPOINT_METADATA"
-_READERS, _READ_BLOCK = 8, 8 << 20
 
 
 class WeightsError(ValueError):
@@ -62,13 +63,15 @@ def save_weights(directory: str | Path, flat: Mapping[str, Any], dtype: str | No
         ocp.save(str(directory), state)
 
 
-def load_weights(directory: str | Path, dtype: str | None = None, shardings: Mapping[str, jax.sharding.Sharding] | None = None) -> dict[str, Any]:
+def load_weights(
+    directory: str | Path, dtype: str | None = None, shardings: Mapping[str, jax.sharding.Sharding] | None = None, *, later: bool = False
+) -> dict[str, Any]:
     """Reads what `save_weights` wrote: ``{path: array}``.
 
-    Floating-point arrays are cast to `dtype` one by one as they are read. With `shardings`, one for every path, each
-    process reads its own parts straight onto its devices; otherwise the arrays are NumPy's, and those that need no cast lie in the
-    mapped files: they are read-only, and read when they are used. Files that `save_weights` did not write whole (by several processes) go
-    through Orbax.
+    Floating-point arrays are cast to `dtype` as they are read. With `shardings`, one for every path, each process reads its own parts
+    straight onto its devices; otherwise the arrays are NumPy's, and those that need no cast lie in the mapped files: they are read-only, and
+    already in the system's page cache, or with `later` on the disk until they are used (`mapped`). Files that `save_weights`
+    did not write whole (by several processes) go through Orbax.
     Raises `WeightsError` for a directory that is absent, damaged or incomplete.
     """
     directory = Path(directory).absolute()
@@ -85,9 +88,13 @@ def load_weights(directory: str | Path, dtype: str | None = None, shardings: Map
                 raise WeightsError(f"{directory}: no sharding is given for {homeless[0]!r} and {len(homeless) - 1} others")
             wanted = {path: _abstract(leaf, dtype, None if shardings is None else shardings[path]) for path, leaf in described.items()}
             maps = _mapped(directory, described)
-            if maps is not None and all(place.is_fully_addressable for place in (shardings or {}).values()):
-                _read_ahead([Path(str(x.filename)) for x in maps.values()])
-            arrays = ocp.load(str(directory), wanted) if maps is None else {path: _as_wanted(maps[path], like) for path, like in wanted.items()}
+            if maps is None:
+                arrays = ocp.load(str(directory), wanted)
+            else:
+                if all(place.is_fully_addressable for place in (shardings or {}).values()):
+                    read_ahead([x for path, x in maps.items() if not later or x.dtype != wanted[path].dtype])
+                with ThreadPoolExecutor(THREADS) as pool:
+                    arrays = dict(zip(wanted, pool.map(_as_wanted, (maps[path] for path in wanted), wanted.values()), strict=True))
     except WeightsError:
         raise
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as problem:
@@ -118,21 +125,6 @@ def _mapped(directory: Path, paths: Iterable[str]) -> dict[str, np.memmap] | Non
             return None
         maps[path] = np.memmap(file, np.dtype(content["data_type"]), "r", start, tuple(shape))
     return maps
-
-
-def _read_ahead(files: Iterable[Path]) -> None:
-    """Brings files into the page cache, several at a time and in large blocks: touching mapped pages one after the other takes several times as
-    long."""
-
-    def read(file: Path) -> None:
-        with file.open("rb", buffering=0) as handle:
-            buffer = bytearray(min(_READ_BLOCK, file.stat().st_size))
-            while handle.readinto(buffer):
-                pass
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        for _ in pool.map(read, files):
-            pass
 
 
 def _as_wanted(array: np.ndarray, like: Any) -> Any:

@@ -550,7 +550,7 @@ def _load(
 ) -> Any:
     """One network's weights on the devices: everywhere without a mesh, spread over it by the sharding rules with one."""
     # 8-bit kernels are rounded from what is stored, not from what that is cast to.
-    stored = load_weights(directory, dtype=None if network.int8 else dtype)
+    stored = load_weights(directory, dtype=None if network.int8 else dtype, later=True)
     tree = network.from_disk(merge_lora(stored, name, loras, scales), name)
     if mesh is None:
         return jax.device_put(tree)

@@ -25,7 +25,7 @@ FLOORS = (
     (r"instantid_jax\.data\.(drawing|transforms|inputs|filters|loader|resident|portrait.*|builder|preparation)", 3),
     (r"instantid_jax\.(nn|face|text|data)(\..+)?|instantid_jax\.(progress|running|watermark)", 2),
     (r"instantid_jax\.diffusion(\..+)?", 1),
-    (r"instantid_jax(\.(config|options|paths|published))?", 0),
+    (r"instantid_jax(\.(config|mapped|options|paths|published))?", 0),
 )
 
 # (modules, what they do not import). Submodules of what is named are meant too.

@@ -117,7 +117,7 @@ def load_encoders(weights: str | Path, text: bool, dtype: str = "float32") -> tu
     networks = build_networks(read_model(folder))
 
     def parameters(name: str) -> Any:
-        return networks[name].from_disk(load_weights(folder / name, dtype=dtype), name)
+        return networks[name].from_disk(load_weights(folder / name, dtype=dtype, later=True), name)
 
     latents = LatentEncoder(networks["vae"], parameters("vae"))
     if not text:

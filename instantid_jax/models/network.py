@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from instantid_jax.config import ComputeConfig, ModelConfig
+from instantid_jax.mapped import THREADS, copy_into, read_ahead
 from instantid_jax.models.adapter import Adapter
 from instantid_jax.models.clip_text import CLIPTextModel
 from instantid_jax.models.identitynet import IdentityNet
@@ -94,7 +96,9 @@ class Network:
             listed = {"missing": missing, "unknown": unused, "misshaped": shapes}
             parts = [f"{title} ({len(items)}): {', '.join(items[:5])}" for title, items in listed.items() if items]
             raise WeightsMismatch(f"weights do not fit {name}: " + "; ".join(parts))
-        tree = unflatten(stack_layers(flat, _stack))
+        stacked = stack_layers(flat, _stack)
+        read_ahead([x for x in stacked.values() if isinstance(x, np.ndarray)])
+        tree = unflatten(stacked)
         return quantize(tree, self.compute.dtype) if self.int8 else tree
 
     def to_disk(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,13 +114,17 @@ _ALIGNED = 64
 
 def _stack(layers: Sequence[Any]) -> Any:
     """Equal layers one behind the other. Host arrays stay on the host, since a device would compile a program for every shape, at an address
-    that a CPU device takes as it is."""
+    that a CPU device takes as it is; they are read or copied several at a time."""
     if not all(isinstance(x, np.ndarray) for x in layers):
         return jnp.stack(layers)
     shape, size = (len(layers), *layers[0].shape), sum(x.nbytes for x in layers)
     room = np.empty(size + _ALIGNED, np.uint8)
     start = -room.ctypes.data % _ALIGNED
-    return np.stack(layers, out=room[start : start + size].view(layers[0].dtype).reshape(shape))
+    out = room[start : start + size].view(layers[0].dtype).reshape(shape)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(copy_into, (out[i, ...] for i in range(len(layers))), layers):
+            pass
+    return out
 
 
 @functools.lru_cache(maxsize=64)

@@ -80,7 +80,7 @@ def initial_parameters(networks: Mapping[str, Network], init: InitConfig, key: j
             if name == "vae" and init.latent_logvar is not None:
                 tree[name] = _quiet_latents(tree[name], init.latent_logvar)
         elif name not in init.from_base:
-            tree[name] = network.from_disk(load_weights(_folder(init, name)), name)
+            tree[name] = network.from_disk(load_weights(_folder(init, name), later=True), name)
     for number, (name, network) in enumerate(networks.items()):
         if name in derived:
             if name == "adapter":
