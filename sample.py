@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(map(str, run_again(options.replay, given))), flush=True)
             return 0
         if options.jobs is not None:
-            return run_jobs(options)
+            return run_jobs(options, lambda config: read_loras(options.lora, config, options.allow_unknown_lora_keys))
         print("\n".join(map(str, run(options))), flush=True)
     except BrokenPipeError:  # an OSError, but no fault: `while_read` has it
         raise

@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from instantid_jax.denoise import Inputs
 from instantid_jax.face import AnalyzerError, FaceError, Identity, load_analyzer
 from instantid_jax.job_file import Picture, in_fields, read_jobs
 from instantid_jax.ledger import Ledger, read_rows, replace_text, summary
+from instantid_jax.lora import Lora
 from instantid_jax.options import check_folder
 from instantid_jax.output import file_digest, read_settings, run_settings, save_picture, suffix_of, weights_digest
 from instantid_jax.parallel.distributed import agreed, flag_raised, is_main, join, raise_flag, stacked, synchronize
@@ -41,6 +42,7 @@ from instantid_jax.spread import Spread
 __all__ = ["run_jobs"]
 
 _PATIENCE = 7 * 24 * 3600.0  # seconds that a process that is ready waits for one that still draws
+_PLACES = ("model", "weights", "controlnet", "lora", "analyzer_root")  # settings that say where something lies, not what it is
 _TELL = 10.0  # seconds between two lines of progress
 
 
@@ -67,10 +69,11 @@ class _Prepared(NamedTuple):
     inputs: Inputs
 
 
-def run_jobs(given: SampleOptions) -> int:
+def run_jobs(given: SampleOptions, loras_for: Callable[[ModelConfig], Sequence[Lora]]) -> int:
     """Draws what ``--jobs`` asks for. Returns the exit status: 0 all made, 3 some failed, 75 stopped by a signal.
 
-    Raises ValueError or OSError with one clear sentence for what concerns all pictures: the file, the options, the weights, the folder.
+    `loras_for` reads the LoRAs of all pictures for the model. Raises ValueError or OSError with one clear sentence for what concerns all
+    pictures: the file, the options, the weights, the folder.
     """
     assert given.jobs is not None
     if given.distributed:
@@ -84,7 +87,8 @@ def run_jobs(given: SampleOptions) -> int:
     check_files([given.jobs])
     check_folder(given.out)
     config = model_config(given)
-    tasks = _tasks(read_jobs(given.jobs, given, config), config)
+    pictures, loras = read_jobs(given.jobs, given, config), loras_for(config)
+    tasks = _tasks(pictures, config, loras)
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(noted_signals())
         if is_main():
@@ -93,20 +97,20 @@ def run_jobs(given: SampleOptions) -> int:
         began = time.time()
         ledger = Ledger(given.out, jax.process_index())
         with contextlib.closing(ledger):
-            _Drawing(given, config, ledger, stopping).run(tasks[jax.process_index() :: jax.process_count()])
+            _Drawing(given, config, loras, ledger, stopping).run(tasks[jax.process_index() :: jax.process_count()])
         synchronize("jobs end", timeout=_PATIENCE)
         stopped = agreed(bool(stopping))
         status = _report(given.out, tasks, stopped, time.time() - began) if is_main() else 0
         return int(stacked(np.asarray([status], np.int32))[0, 0])
 
 
-def _tasks(pictures: list[Picture], config: ModelConfig) -> list[_Task]:
+def _tasks(pictures: list[Picture], config: ModelConfig, loras: Sequence[Lora]) -> list[_Task]:
     """Every picture once, with its key and place."""
     digest = functools.cache(_content)
     found: dict[str, _Task] = {}
     for picture in pictures:
         s = picture.options
-        about = {name: value for name, value in settings_of(s).items() if name not in ("model", "weights", "controlnet", "analyzer_root")}
+        about = {name: value for name, value in settings_of(s, loras).items() if name not in _PLACES}
         about |= {"weights": weights_digest(s.weights or DEFAULT_WEIGHTS), "controlnet": [weights_digest(folder) for folder in s.controlnet]}
         about |= {"analyzer": s.analyzer or config.face_analyzer}
         about |= {kind: [digest(path) for path in paths] for kind, paths in inputs_of(s).items()}
@@ -127,8 +131,8 @@ def _content(path: Path) -> str:
 class _Drawing:
     """One process's work: prepares picture after picture, and draws them as soon as there is one for every device."""
 
-    def __init__(self, given: SampleOptions, config: ModelConfig, ledger: Ledger, stopping: list[int]) -> None:
-        self.given, self.config, self.ledger, self.stopping = given, config, ledger, stopping
+    def __init__(self, given: SampleOptions, config: ModelConfig, loras: Sequence[Lora], ledger: Ledger, stopping: list[int]) -> None:
+        self.given, self.config, self.loras, self.ledger, self.stopping = given, config, loras, ledger, stopping
         self.out = given.out
         self.pipe: Any = None
         self.spread: Any = None
@@ -187,7 +191,7 @@ class _Drawing:
         except (ValueError, OSError) as error:
             return self._fail(task, getattr(error, "code", type(error).__name__), in_fields(str(error)))
         if self.pipe is None:
-            self.pipe = open_pipeline(self.given)
+            self.pipe = open_pipeline(self.given, self.loras)
             self.spread = Spread(self.pipe)
         try:
             request = check_call(config, nets=1 + len(s.controlnet), **call)
@@ -220,7 +224,7 @@ class _Drawing:
                 self._fail(task, "not_finite", "the networks gave values that are not finite; use --dtype float32 or bfloat16, or check the weights")
                 continue
             image, s, path = Image.fromarray(np.round(pictures[0] * 255).astype(np.uint8)), task.picture.options, self.out / task.path
-            save_picture(image, path, run_settings(image.size, inputs_of(s), settings_of(s)) | {"seed": s.seed})
+            save_picture(image, path, run_settings(image.size, inputs_of(s), settings_of(s, self.loras)) | {"seed": s.seed})
             self.ledger.add(task.path, "made", **task.about, bytes=path.stat().st_size)
             self.done += 1
         self._tell(None)

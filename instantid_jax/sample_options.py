@@ -206,8 +206,6 @@ class SampleOptions:
             raise ValueError("--prompt-file has the prompts; leave out --prompt")
         if self.style_file and not self.style and self.prompt_file is None:
             raise ValueError("--style-file holds styles to choose from; name one with --style")
-        if self.lora and self.jobs is not None:
-            raise ValueError("--lora does not go with --jobs: their pictures are drawn with the weights as they are")
         if len(self.lora_scale) not in (0, len(self.lora)):
             raise ValueError(f"--lora-scale has {len(self.lora_scale)} strengths for {len(self.lora)} --lora files; give one for each, or none")
         if self.weights is None and self.controlnet:

@@ -10,6 +10,7 @@ from PIL import Image
 from instantid_jax import jobs
 from instantid_jax.defaults import default_config, people
 from instantid_jax.job_file import JobError
+from instantid_jax.lora import Lora
 from instantid_jax.output import read_settings, weights_digest
 from instantid_jax.running import LeaseError, lease
 from instantid_jax.sample_options import SampleOptions
@@ -48,7 +49,7 @@ class Stub:
 @pytest.fixture
 def stub(monkeypatch):
     stub = Stub()
-    monkeypatch.setattr(jobs, "open_pipeline", lambda given: stub)
+    monkeypatch.setattr(jobs, "open_pipeline", lambda given, loras: stub)
     monkeypatch.setattr(jobs, "Spread", type("Spread", (), {"__new__": lambda cls, pipe: stub, "kind": stub.kind}))
     return stub
 
@@ -59,9 +60,9 @@ def face(tmp_path):
     return "anna.npz"
 
 
-def run(tmp_path, *lines, **given):
+def run(tmp_path, *lines, loras=(), **given):
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return jobs.run_jobs(SampleOptions(jobs=tmp_path / "jobs.jsonl", out=tmp_path / "out", watermark=False, **given))
+    return jobs.run_jobs(SampleOptions(jobs=tmp_path / "jobs.jsonl", out=tmp_path / "out", watermark=False, **given), lambda config: loras)
 
 
 def report(tmp_path):
@@ -88,6 +89,17 @@ def test_all_are_made_and_told_once(stub, face, tmp_path, capsys):
     assert "3 asked: 3 made, 0 failed, 0 missing" in capsys.readouterr().out
     assert run(tmp_path, {"face": face, "seed": [1, 2, 3], "prompt": "x"}) == 0
     assert stub.drawn == [1, 2, 3]
+
+
+def test_another_lora_makes_another_picture_and_its_place_does_not(stub, face, tmp_path):
+    def drawn(name, digest, scale=1.0):
+        assert run(tmp_path, {"face": face, "prompt": "x"}, lora=(tmp_path / name,), lora_scale=(scale,), loras=[Lora(name, digest, {})]) == 0
+        return ledger(tmp_path)[0]["path"]
+
+    first = drawn("a.safetensors", "11")
+    assert read_settings(tmp_path / "out" / first)["lora_sha256"] == ["11"]
+    assert drawn("b.safetensors", "11") == first and len(stub.drawn) == 1
+    assert len({first, drawn("a.safetensors", "22"), drawn("a.safetensors", "11", 0.5)}) == 3 and len(stub.drawn) == 3
 
 
 def test_a_signal_stops_between_batches_and_the_same_command_goes_on(stub, face, tmp_path):
@@ -167,7 +179,7 @@ def test_what_concerns_all_pictures_ends_the_run(stub, face, tmp_path):
     with pytest.raises(ValueError, match="list the seeds"):
         run(tmp_path, {"face": face}, num_images=2)
     with pytest.raises(ValueError, match="there is no such file"):
-        jobs.run_jobs(SampleOptions(jobs=tmp_path / "none.jsonl"))
+        jobs.run_jobs(SampleOptions(jobs=tmp_path / "none.jsonl"), lambda config: [])
     with lease(tmp_path / "out", "drawing"), pytest.raises(LeaseError, match="another process is drawing in"):
         run(tmp_path, {"face": face})
     stub.fail = OSError("no space left")
