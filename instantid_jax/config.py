@@ -390,12 +390,13 @@ class ComputeConfig:
     """Whether equal layers are unrolled instead of scanned: longer compiling, the same numbers."""
     remat: str | bool = "none"
     """What the backward pass computes again instead of keeping it, to save memory: "none"; "dots", in transformer blocks all but the
-    products with weights; "blocks", whole transformer blocks; "full", residual blocks too. True and False mean "blocks" and "none"."""
+    products with weights; "blocks", whole transformer blocks; "offload", these too, with their inputs waiting in the host's memory (TPU and
+    GPU); "full", residual blocks too. True and False mean "blocks" and "none"."""
 
     def __post_init__(self) -> None:
         if isinstance(self.remat, bool):
             object.__setattr__(self, "remat", "blocks" if self.remat else "none")
-        require("ComputeConfig", "remat", self.remat, ("none", "dots", "blocks", "full"))
+        require("ComputeConfig", "remat", self.remat, ("none", "dots", "blocks", "offload", "full"))
         require("ComputeConfig", "dtype", self.dtype, ("float32", "bfloat16", "float16"))
         require("ComputeConfig", "attention", self.attention, ("auto", "xla", "blocked", "cudnn", "splash"))
 

@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from instantid_jax.nn.placement import gathers, keep_all_but_gathered
 
+_INPUT = "layer input"
 Layer = TypeVar("Layer", bound=nnx.Module)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -42,6 +44,8 @@ def scan_layers(
 
     def body(carry: Any, item: Any) -> Any:
         parameters, x = item
+        if remat == "offload":
+            carry = jax.tree.map(lambda value: checkpoint_name(value, _INPUT), carry)
         return apply(nnx.merge(graphdef, parameters), carry, x)
 
     return jax.lax.scan(recomputed(body, remat), carry, (state, xs), unroll=unroll)
@@ -51,11 +55,17 @@ def recomputed(function: Function, remat: str | bool) -> Function:
     """`function`, with its intermediate values computed again in the backward pass instead of kept, by policy.
 
     "none" (or False) keeps all but gathered weights (`nn.placement`), "dots" keeps the results of matrix products with weights,
-    "blocks" and "full" (or True) keep nothing but the inputs.
+    "blocks" and "full" (or True) keep nothing but the inputs, and "offload" keeps these in the host's memory, of the layers that
+    `scan_layers` runs.
     """
     if remat in ("none", False):
         return jax.checkpoint(function, policy=keep_all_but_gathered) if gathers() else function  # type: ignore[return-value]
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    policy = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[_INPUT], offload_src="device", offload_dst="pinned_host"
+        ),
+    }.get(str(remat))
     return jax.checkpoint(function, policy=policy)  # type: ignore[return-value]
 
 

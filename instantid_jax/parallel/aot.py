@@ -327,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="training, sampling: pictures in all, by default one a device; unet: rows, by default two a device")
     parser.add_argument("--steps", type=int, default=30, help="denoising steps")
     parser.add_argument("--size", type=int, default=1024, help="height and width in pixels, of sampling")
-    parser.add_argument("--remat", help="compute.remat of the recipe: none, dots, blocks or full")
+    parser.add_argument("--remat", help="compute.remat of the recipe: none, dots, blocks, offload or full")
     parser.add_argument("--dtype", help="compute.dtype of the recipe")
     parser.add_argument("--attention", help="compute.attention of the recipe")
     parser.add_argument("--json", type=Path, help="file to write")

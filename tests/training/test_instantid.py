@@ -102,7 +102,7 @@ def gradient(config, source, **fields):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["dots", "blocks", "full"])
+@pytest.mark.parametrize("policy", ["dots", "blocks", "offload", "full"])
 def test_recomputing_gives_the_same_numbers(policy, config, source, tmp_path):
     value, plain, _ = gradient(config, source, out=str(tmp_path / "a"))
     again, grads, _ = gradient(config, source, out=str(tmp_path / "b"), compute=ComputeConfig(remat=policy))
