@@ -44,7 +44,7 @@ CASES: dict[str, Case] = {
     "train_v5e_16": Case("v5e:4x4", "train", ("--remat", "blocks")),
     "train_v5e_16_plain": Case("v5e:4x4", "train", ("--remat", "none")),
     "train_v5e_256": Case("v5e:16x16", "train", ("--remat", "blocks", "--data", "16", "--fsdp", "16")),
-    "train_v6e_16": Case("v6e:4x4", "train", ("--remat", "none", "--batch", "32")),
+    "train_v6e_16": Case("v6e:4x4", "train", ("--remat", "none")),
     "train_v5p_8": Case("v5p:2x2x2", "train", ("--remat", "none", "--batch", "32")),
     "train_v5p_64": Case("v5p:4x4x4", "train", ("--remat", "none", "--batch", "256", "--data", "4", "--fsdp", "16")),
     "train_2_v5e_16": Case("2*v5e:4x4", "train", ("--remat", "blocks")),

@@ -300,6 +300,7 @@ def jax_step_program(config: Any, size: int, batch: int = 2, parameters: Any = N
 
     from instantid_jax.models import build_networks
     from instantid_jax.models.encoder import AddedConditions, IdentityContext
+    from instantid_jax.nn.stacking import layers_apart
 
     networks = build_networks(config)
     names = ("unet", "identitynet", "adapter")
@@ -311,6 +312,7 @@ def jax_step_program(config: Any, size: int, batch: int = 2, parameters: Any = N
         unet, net, adapter = (networks[name].bind(parameters[name]) for name in names)
         return unet.project_context(x.text), net.project_context(x.tokens), net.embed_condition(x.image), adapter(x.tokens)
 
+    parameters |= {name: layers_apart(parameters[name]) for name in ("unet", "identitynet")}  # as the pipeline does
     fixed = jax.block_until_ready(prepare(parameters, x))
     del parameters["adapter"]
 

@@ -33,6 +33,7 @@ from instantid_jax.models import FROZEN, TRAINABLE, Network, build_networks
 from instantid_jax.models.encoder import AddedConditions
 from instantid_jax.models.identitynet import IdentityNet
 from instantid_jax.models.tiling import Tiling
+from instantid_jax.nn.stacking import layers_apart
 from instantid_jax.parallel.distributed import put_whole, to_host
 from instantid_jax.parallel.mesh import batch_sharding
 from instantid_jax.parallel.rules import shardings
@@ -356,9 +357,11 @@ class InstantIDPipeline:
 
     def denoiser(self) -> tuple[Denoiser, dict[str, Any]]:
         """The networks of every denoising step, and their weights."""
-        nets, weights = tuple(n for n, _ in self.controlnets), {k: self.parameters[k] for k in ("unet", "adapter", "identitynet")}
+        nets, loras = tuple(n for n, _ in self.controlnets), self._apart("unet")
+        weights = {k: self.parameters[k] for k in ("unet", "adapter", "identitynet")}
+        weights |= {k: layers_apart(weights[k]) for k in ("unet", "identitynet") if not loras and not self.networks[k].int8}
         denoiser = Denoiser(self.networks["unet"], self.networks["adapter"], self.networks["identitynet"], nets)
-        return denoiser, weights | {"controlnets": tuple(p for _, p in self.controlnets), "loras": self._apart("unet")}
+        return denoiser, weights | {"controlnets": tuple(p for _, p in self.controlnets), "loras": loras}
 
     def prepare(
         self,

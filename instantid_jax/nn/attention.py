@@ -78,11 +78,15 @@ def dot_product_attention(
 
 
 def _plain(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    scores = jnp.einsum("bnkd,bmkd->bknm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    # XLA for CPU multiplies matrices that lie together up to four times as fast, and does not move heads there by itself.
+    heads_first = target_platform() == "cpu"
+    if heads_first:
+        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    scores = jnp.einsum("bknd,bkmd->bknm" if heads_first else "bnkd,bmkd->bknm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask[:, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bknm,bmkd->bnkd", weights, v)
+    return jnp.einsum("bknm,bkmd->bknd", weights, v).transpose(0, 2, 1, 3) if heads_first else jnp.einsum("bknm,bmkd->bnkd", weights, v)
 
 
 def _blocked(q: Array, k: Array, v: Array) -> Array:

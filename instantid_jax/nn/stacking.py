@@ -4,14 +4,19 @@ A stack of L transformer blocks is one block whose every parameter has shape [l,
 (`jax.lax.scan`), `map_layers` evaluates a function of every layer side by side (`jax.vmap`).
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from instantid_jax.nn.placement import gathers, keep_all_but_gathered
+from instantid_jax.paths import map_paths, stacked_layer
 
 _INPUT = "layer input"
 Layer = TypeVar("Layer", bound=nnx.Module)
@@ -48,7 +53,14 @@ def scan_layers(
             carry = jax.tree.map(lambda value: checkpoint_name(value, _INPUT), carry)
         return apply(nnx.merge(graphdef, parameters), carry, x)
 
-    return jax.lax.scan(recomputed(body, remat), carry, (state, xs), unroll=unroll)
+    body = recomputed(body, remat)
+    if (depth := _apart(state)) is None:
+        return jax.lax.scan(body, carry, (state, xs), unroll=unroll)
+    outputs = []
+    for i in range(depth):
+        carry, output = body(carry, _layer((state, xs), i))
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *rows: jnp.stack(rows), *outputs)
 
 
 def recomputed(function: Function, remat: str | bool) -> Function:
@@ -72,4 +84,56 @@ def recomputed(function: Function, remat: str | bool) -> Function:
 def map_layers(stacked: nnx.Module, apply: Callable[[Any], Any]) -> Any:
     """``apply(layer)`` for every layer, results stacked along a new first axis."""
     graphdef, state = nnx.split(stacked)
-    return jax.vmap(lambda parameters: apply(nnx.merge(graphdef, parameters)))(state)
+    if (depth := _apart(state)) is None:
+        return jax.vmap(lambda parameters: apply(nnx.merge(graphdef, parameters)))(state)
+    outputs = [apply(nnx.merge(graphdef, _layer(state, i))) for i in range(depth)]
+    return jax.tree.map(lambda *rows: jnp.stack(rows), *outputs)
+
+
+@jax.tree_util.register_pytree_node_class
+class Layers:
+    """The layers of one stacked parameter as arrays of their own.
+
+    XLA for CPU copies a layer out of its stack before it multiplies with it, in every turn of the loop: 130 MB for a transformer block of
+    1280 channels in float32, an eighth of the block's time. Loops over parameters of which one is apart are unrolled.
+    """
+
+    def __init__(self, rows: Sequence[Any]):
+        self.rows = tuple(rows)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
+        return self.rows, None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, rows: Sequence[Any]) -> Layers:
+        return cls(rows)
+
+
+def layers_apart(tree: Mapping[str, Any], least: int = 4 << 20) -> dict[str, Any]:
+    """A parameter tree whose stacked arrays on a CPU, of `least` bytes a layer, are `Layers` that share their memory; the rest is as it was."""
+
+    def one(path: str, leaf: Any) -> Any:
+        if not stacked_layer(path) or not isinstance(leaf, jax.Array) or leaf.nbytes < least * leaf.shape[0] or not _on_one_cpu(leaf):
+            return leaf
+        whole = np.asarray(leaf)
+        return Layers([jax.device_put(whole[i], leaf.sharding) for i in range(len(whole))])
+
+    return map_paths(one, tree)
+
+
+def _on_one_cpu(array: jax.Array) -> bool:
+    return [device.platform for device in array.devices()] == ["cpu"]
+
+
+def _apart(state: Any) -> int | None:
+    """How many layers there are, where a parameter is `Layers`; else None."""
+    found = [x for x in jax.tree.leaves(state, is_leaf=_is_layers) if _is_layers(x)]
+    return len(found[0].rows) if found else None
+
+
+def _layer(tree: Any, i: int) -> Any:
+    return jax.tree.map(lambda x: x.rows[i] if _is_layers(x) else x[i], tree, is_leaf=_is_layers)
+
+
+def _is_layers(x: Any) -> bool:
+    return isinstance(x, Layers)
