@@ -1,4 +1,4 @@
-"""python -m convert_weights import | export | inspect | diff | verify; each explains itself with --help."""
+"""python -m convert_weights import | export | extract-lora | inspect | diff | verify; each explains itself with --help."""
 
 from __future__ import annotations
 
@@ -90,6 +90,37 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExtractLora:
+    """The difference between two sets of weights of one model, written as a LoRA: by truncated singular value decomposition."""
+
+    base: Path
+    """Folder of the weights that the LoRA is to be added to."""
+    tuned: Path
+    """Folder of the same model's weights after training or another change."""
+    out: Path
+    """File to write, .safetensors, under diffusers' names."""
+    rank: int = 8
+    """Largest rank of a kernel: more keeps more of the difference, in a larger file."""
+    networks: tuple[Literal["unet", "text_encoder", "text_encoder_2"], ...] = ("unet", "text_encoder", "text_encoder_2")
+    """Networks whose difference is taken."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type to write."""
+    overwrite: bool = False
+    """Replace --out where it is a file."""
+
+    def run(self) -> int:
+        """Writes the file and prints how much of the difference is in it."""
+        from convert_weights.lora_extraction import extract_lora, told  # builds the networks, which no other command needs
+
+        if self.rank < 1 or not self.networks:
+            raise OptionError(f"--rank must be at least 1, not {self.rank}" if self.rank < 1 else "--networks names none; leave it out for all")
+        start = time.monotonic()
+        found = extract_lora(self.base, self.tuned, self.out, rank=self.rank, networks=self.networks, dtype=self.dtype, overwrite=self.overwrite)
+        _print([*told(found), f"written to {self.out} ({self.out.stat().st_size / 1e6:,.1f} MB) in {time.monotonic() - start:.1f} s"])
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Inspect:
     """Lists the tensors of a weights folder, a safetensors file or a torch file (which is read, never run)."""
 
@@ -134,6 +165,7 @@ class Verify:
 Command = (
     Annotated[Import, tyro.conf.subcommand("import")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[ExtractLora, tyro.conf.subcommand("extract-lora")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Diff, tyro.conf.subcommand("diff")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
@@ -148,7 +180,7 @@ def _print(lines: Iterable[str]) -> None:
 @while_read
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; 0 where it succeeded. An error is one message on stderr and 1 (of an option 2), never a traceback."""
-    check_command("convert_weights", arguments, ("import", "export", "inspect", "diff", "verify"))
+    check_command("convert_weights", arguments, ("import", "export", "extract-lora", "inspect", "diff", "verify"))
     command = tyro.cli(Command, prog="python -m convert_weights", description=__doc__, args=arguments)  # type: ignore[call-overload]
     try:
         return command.run()

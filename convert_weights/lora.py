@@ -27,14 +27,14 @@ from instantid_jax.lora import LORA_NETWORKS, Factors, Lora
 from instantid_jax.models import build_networks
 from instantid_jax.published import nearest
 
-__all__ = ["read_lora", "read_loras"]
+__all__ = ["Site", "read_lora", "read_loras", "sites_of"]
 
 _METADATA = "lora_adapter_metadata"
 _LISTED = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class _Site:
+class Site:
     """A kernel that a LoRA may change."""
 
     network: str
@@ -47,9 +47,9 @@ class _Site:
 
 
 @functools.lru_cache(maxsize=8)
-def _sites(config: ModelConfig) -> dict[str, _Site]:
+def sites_of(config: ModelConfig) -> dict[str, Site]:
     """Every spelling of every kernel of the UNet and the text towers."""
-    networks, spellings = build_networks(config), dict[str, _Site]()
+    networks, spellings = build_networks(config), dict[str, Site]()
     originals = single_file.unet(config.unet)
     for network in LORA_NETWORKS:
         table = table_of(network, config)
@@ -58,7 +58,7 @@ def _sites(config: ModelConfig) -> dict[str, _Site]:
             if found is None:
                 continue
             module = found[0].removesuffix(".weight")
-            site = _Site(network, path, module, found[1].source_shapes(shape)[0], found[1])
+            site = Site(network, path, module, found[1].source_shapes(shape)[0], found[1])
             if network == "unet":
                 renamed = originals.to_source(found[0], len(shape))
                 original = module if renamed is None else renamed[0].removeprefix(single_file.UNET).removesuffix(".weight")
@@ -84,9 +84,9 @@ def read_lora(file: str | Path, config: ModelConfig, allow_unknown: bool = False
     if path.is_dir():
         raise SourceError(f"{path} is a folder; name the LoRA's file in it")
     whole = open_tensors(path)
-    sites = _sites(config)
+    sites = sites_of(config)
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
-    where: dict[tuple[str, str], _Site] = {}
+    where: dict[tuple[str, str], Site] = {}
     unknown: list[str] = []
     for name, tensor in whole.tensors.items():
         stem, part = names.split(name) or (name, "")
@@ -111,7 +111,7 @@ def read_lora(file: str | Path, config: ModelConfig, allow_unknown: bool = False
     return Lora(path.name, digest, networks, tuple(unknown))
 
 
-def _refuse_foreign(path: Path, found: Mapping[tuple[str, str], Mapping[str, Tensor]], where: Mapping[Any, _Site], unknown: Sequence[str]) -> None:
+def _refuse_foreign(path: Path, found: Mapping[tuple[str, str], Mapping[str, Tensor]], where: Mapping[Any, Site], unknown: Sequence[str]) -> None:
     """Raises `SourceError` where the file is no LoRA, or one for another model, as its contexts or its names show."""
     if not any("down" in parts for parts in found.values()):
         kinds = sorted({what.strip(" ()") for name in unknown if (what := names.reason(name))})
@@ -147,7 +147,7 @@ def _hint(name: str, known: Sequence[str]) -> str:
     return f" (nearest: {close})" if close else ""
 
 
-def _factors(path: Path, site: _Site, parts: Mapping[str, Tensor], alphas: _Alphas) -> Factors:
+def _factors(path: Path, site: Site, parts: Mapping[str, Tensor], alphas: _Alphas) -> Factors:
     """One kernel's change in our layout, held against the kernel's shape."""
     tensors = {part: _array(path, tensor) for part, tensor in parts.items()}
     for part, other in (("down", "up"), ("up", "down")):
@@ -191,7 +191,7 @@ def _array(path: Path, tensor: Tensor) -> np.ndarray:
     return x
 
 
-def _fit(path: Path, tensor: Tensor, x: np.ndarray, shapes: Sequence[Shape], site: _Site) -> None:
+def _fit(path: Path, tensor: Tensor, x: np.ndarray, shapes: Sequence[Shape], site: Site) -> None:
     if x.shape not in shapes or 0 in x.shape:
         wanted = f"{list(shapes[0])} is needed" if shapes and 0 not in shapes[0] else "none is possible"
         raise SourceError(f"{path}: {tensor.name} is {list(tensor.shape)} where {wanted}: {site.module} is {list(site.shape)}")
@@ -211,7 +211,7 @@ class _Alphas:
                 raise SourceError(f"{file.where}: its metadata {_METADATA} is no JSON object")
             self._said = said
 
-    def scale(self, site: _Site, rank: int) -> float:
+    def scale(self, site: Site, rank: int) -> float:
         """s of a kernel without an alpha tensor."""
         prefix = f"{site.network}."
         bare = "lora_alpha" in self._said and site.network == "unet"

@@ -1,13 +1,16 @@
-"""Control pictures for other ControlNets, made of photos: edges by OpenCV, depth and anything else by an ONNX model.
+"""Control pictures for other ControlNets, made of photos: edges by OpenCV, depth, poses and anything else by an ONNX model.
 
     python -m instantid_jax.control_maps canny photo.jpg --out edges.png
     python -m instantid_jax.control_maps depth photo.jpg --model depth_anything.onnx --out depth.png
+    python -m instantid_jax.control_maps pose photo.jpg --model dw-ll_ucoco_384.onnx --out pose.png
 
 A preprocessor is written as NAME or NAME:ARGUMENT,ARGUMENT:
 
     none                    the picture is the map already
     canny, canny:LOW,HIGH   edges, white on black; thresholds of the gradient, by default 100,200
     depth, image            a model's map (`onnx_map.OnnxMap`), with any of invert, symmetric, and a side in pixels: depth:invert,518
+    pose                    a model's keypoints (`onnx_pose.OnnxPose`), drawn as OpenPose's pictures: with any of body, hands, face, which
+                            alone are drawn then, and the box of the person in parts of the photo: pose:body,hands,0.2,0,0.7,1
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -29,12 +32,24 @@ from instantid_jax.face import PhotoError, load_photo, resize_img
 from instantid_jax.face.errors import import_opencv
 from instantid_jax.face.photo import rgb_array
 from instantid_jax.onnx_map import ControlMapError, MapKind, OnnxMap
+from instantid_jax.onnx_pose import PARTS, OnnxPose, check_box
 from instantid_jax.options import OptionError, status_of, while_read, wrong_options
 from instantid_jax.published import did_you_mean
 
-__all__ = ["NAMES", "ControlMapError", "OnnxMap", "Preprocessor", "canny", "check_preprocessors", "control_maps", "fitted", "read_preprocessor"]
+__all__ = [
+    "NAMES",
+    "ControlMapError",
+    "OnnxMap",
+    "OnnxPose",
+    "Preprocessor",
+    "canny",
+    "check_preprocessors",
+    "control_maps",
+    "fitted",
+    "read_preprocessor",
+]
 
-NAMES = ("none", "canny", "depth", "image")
+NAMES = ("none", "canny", "depth", "image", "pose")
 _LOW, _HIGH = 100.0, 200.0  # the published demo's
 _FLAGS = ("invert", "symmetric")
 _SMALLEST, _LARGEST = 32, 4096
@@ -62,14 +77,18 @@ class Preprocessor:
     thresholds: tuple[float, float] = (_LOW, _HIGH)
     """Of canny."""
     side: int | None = None
-    """Of a model, as the next two: see `OnnxMap`."""
+    """Of a model of depth or image, as the next two: see `OnnxMap`."""
     invert: bool = False
     symmetric: bool = False
+    parts: tuple[str, ...] = ()
+    """Of pose, as the next: see `OnnxPose`."""
+    box: tuple[float, float, float, float] | None = None
 
     @property
-    def kind(self) -> MapKind | None:
+    def kind(self) -> MapKind | Literal["pose"] | None:
         """What its model gives; None for those that have no model."""
-        return "depth" if self.name == "depth" else "image" if self.name == "image" else None
+        kinds: dict[str, MapKind | Literal["pose"]] = {"depth": "depth", "image": "image", "pose": "pose"}
+        return kinds.get(self.name)
 
     def __call__(self, image: Image.Image, model: Path | None = None) -> Image.Image:
         """The map of a picture, of the same size, with the file of its model where it has one. Raises `ControlMapError`."""
@@ -79,12 +98,15 @@ class Preprocessor:
             return canny(image, *self.thresholds)
         if model is None:
             raise ControlMapError(f"{self.name} needs an ONNX model that makes the map; name its file")
-        return _opened(model, self.kind, self.side, self.invert, self.symmetric)(image)
+        return _opened(model, self)(image)
 
 
 @functools.lru_cache(maxsize=4)
-def _opened(path: Path, kind: MapKind, side: int | None, invert: bool, symmetric: bool) -> OnnxMap:
-    return OnnxMap(path, kind, side=side, invert=invert, symmetric=symmetric)
+def _opened(path: Path, asked: Preprocessor) -> OnnxMap | OnnxPose:
+    if asked.kind == "pose":
+        return OnnxPose(path, parts=asked.parts, box=asked.box)
+    assert asked.kind is not None
+    return OnnxMap(path, asked.kind, side=asked.side, invert=asked.invert, symmetric=asked.symmetric)
 
 
 def read_preprocessor(text: str) -> Preprocessor:
@@ -96,13 +118,41 @@ def read_preprocessor(text: str) -> Preprocessor:
     if name == "none" and arguments:
         raise ControlMapError(f"{text!r}: none takes no arguments")
     if name == "canny" and arguments:
-        try:
-            low, high = map(float, arguments)
-        except ValueError:
-            raise ControlMapError(f"{text!r}: canny takes two thresholds, as canny:100,200") from None
-        if not 0 <= low <= high < math.inf:
-            raise ControlMapError(f"{text!r}: the thresholds must be numbers from 0 up, the lower one first")
-        return Preprocessor(name, thresholds=(low, high))
+        return _read_canny(text, arguments)
+    return _read_pose(text, arguments) if name == "pose" else _read_model(text, name, arguments)
+
+
+def _read_canny(text: str, arguments: Sequence[str]) -> Preprocessor:
+    try:
+        low, high = map(float, arguments)
+    except ValueError:
+        raise ControlMapError(f"{text!r}: canny takes two thresholds, as canny:100,200") from None
+    if not 0 <= low <= high < math.inf:
+        raise ControlMapError(f"{text!r}: the thresholds must be numbers from 0 up, the lower one first")
+    return Preprocessor("canny", thresholds=(low, high))
+
+
+def _read_pose(text: str, arguments: Sequence[str]) -> Preprocessor:
+    parts, box = [], []
+    for argument in arguments:
+        if argument in PARTS:
+            parts.append(argument)
+            continue
+        with contextlib.suppress(ValueError):
+            box.append(float(argument))
+            continue
+        if "." in argument or "/" in argument:
+            raise ControlMapError(f"{text!r}: the model's file has an option of its own; here are body, hands, face, or the person's box")
+        raise ControlMapError(
+            f"{text!r}: pose takes body, hands, face, or four numbers, the person's box, not {argument!r}{did_you_mean(argument, PARTS)}"
+        )
+    try:
+        return Preprocessor("pose", parts=tuple(parts), box=check_box(box) if box else None)
+    except ControlMapError as error:
+        raise ControlMapError(f"{text!r}: {error}") from None
+
+
+def _read_model(text: str, name: str, arguments: Sequence[str]) -> Preprocessor:
     found = Preprocessor(name)
     for argument in arguments:
         if argument in _FLAGS:
@@ -132,7 +182,7 @@ def check_preprocessors(texts: Sequence[str], models: int, nets: int) -> list[Pr
             raise ControlMapError(f"--control-preprocess: {error}") from None
     needed = sum(one.kind is not None for one in found)
     if models != needed:
-        asked = f"--control-preprocess asks for {needed} (each depth and image needs one, in their order)"
+        asked = f"--control-preprocess asks for {needed} (each depth, image and pose needs one, in their order)"
         raise ControlMapError(f"--control-model has {models} files, {asked}")
     return found
 
@@ -162,9 +212,11 @@ def control_maps(images: Sequence[Image.Image], texts: Sequence[str], models: Se
 class MapOptions:
     """Makes a control picture of a photo."""
 
-    preprocessor: tyro.conf.Positional[str]  # canny, canny:LOW,HIGH, depth or image; these two with any of :invert,symmetric,SIDE.
+    preprocessor: tyro.conf.Positional[
+        str
+    ]  # canny, canny:LOW,HIGH, depth or image with any of :invert,symmetric,SIDE, pose with any of :body,hands,face and a box.
     photo: tyro.conf.Positional[Path]  # The photo.
-    model: Path | None = None  # ONNX model of depth or image.
+    model: Path | None = None  # ONNX model of depth, image or pose.
     width: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None  # Size of the map, both sides in multiples of 8; by default the photo's.
     height: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None  # Height, likewise.
     out: Path = Path("map.png")  # File of the map.

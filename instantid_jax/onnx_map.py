@@ -1,10 +1,11 @@
-"""Control pictures by an ONNX model that the user names: depth, poses, lines, whatever maps a picture to a picture."""
+"""Control pictures by an ONNX model that the user names: depth, lines, whatever maps a picture to a picture. Keypoints: `onnx_pose`."""
 
 from __future__ import annotations
 
 import importlib
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,7 +15,7 @@ from PIL import Image
 from instantid_jax.face.errors import import_opencv
 from instantid_jax.face.photo import rgb_array
 
-__all__ = ["SIDES", "ControlMapError", "MapKind", "OnnxMap"]
+__all__ = ["SIDES", "ControlMapError", "MapKind", "OnnxMap", "check_input", "open_model", "reason", "shown"]
 
 MapKind = Literal["depth", "image"]
 SIDES = {"depth": 448, "image": 512}
@@ -48,26 +49,16 @@ class OnnxMap:
         self.path, self.kind, self.side, self.invert, self.symmetric = Path(path), kind, side, invert, symmetric
         if kind not in get_args(MapKind):
             raise ControlMapError(f"kind must be one of {', '.join(get_args(MapKind))}, not {kind!r}")
-        if not self.path.is_file():
-            raise ControlMapError(f"{path}: there is no such file; name an ONNX model")
-        runtime = importlib.import_module("onnxruntime")
-        quiet = runtime.SessionOptions()
-        quiet.log_severity_level = 3  # errors, which are raised too
-        providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in runtime.get_available_providers()]
-        try:
-            self._session: Any = runtime.InferenceSession(str(path), quiet, providers=providers)
-        except Exception as error:  # onnxruntime's own errors share no narrower base
-            raise ControlMapError(f"{path}: cannot be loaded as an ONNX model ({_reason(error)}); export or download it again") from error
+        self._session: Any = open_model(self.path)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if (len(inputs), len(outputs)) != (1, 1):
-            raise ControlMapError(f"{path}: has {len(inputs)} inputs and {len(outputs)} outputs; export it with one picture in and one map out")
+            raise ControlMapError(
+                f"{path}: has {len(inputs)} inputs and {len(outputs)} outputs; export it with one picture in and one map out "
+                f"(a model of keypoints goes with pose)"
+            )
         self._input = inputs[0]
-        shape, element = list(self._input.shape), self._input.type
-        if element not in ("tensor(float)", "tensor(float16)"):
-            raise ControlMapError(f"{path}: its input is a {element}; export it for float pictures")
-        if len(shape) != 4 or (isinstance(shape[0], int) and shape[0] != 1) or (isinstance(shape[1], int) and shape[1] != 3):
-            raise ControlMapError(f"{path}: its input has the shape {_shown(shape)}; needed is [1, 3, height, width], one RGB picture")
-        sides = shape[2:]
+        check_input(self.path, self._input)
+        sides = self._input.shape[2:]
         if side is not None and all(isinstance(one, int) for one in sides) and side not in sides:
             raise ControlMapError(f"{path}: works at {sides[1]} x {sides[0]} pixels alone; leave out the side of {side}")
 
@@ -90,16 +81,16 @@ class OnnxMap:
         element = np.float16 if "16" in self._input.type else np.float32
         try:
             (result,) = self._session.run(None, {self._input.name: x.transpose(2, 0, 1)[None].astype(element)})
-        except Exception as error:  # as above
+        except Exception as error:  # onnxruntime's own errors share no narrower base
             advice = f"give a side that it takes, as {self.kind}:384"
-            raise ControlMapError(f"{self.path}: fails on {width} x {height} pixels ({_reason(error)}); {advice}") from error
+            raise ControlMapError(f"{self.path}: fails on {width} x {height} pixels ({reason(error)}); {advice}") from error
         found = list(np.shape(result))
         if self.kind == "depth" and len(found) == 3 and found[0] == 1:
             result = result[None]
         channels = (1,) if self.kind == "depth" else (1, 3)
         if np.ndim(result) != 4 or np.shape(result)[0] != 1 or np.shape(result)[1] not in channels or 0 in found:
             needed = "[1, height, width] or [1, 1, height, width]" if self.kind == "depth" else "[1, 3, height, width] or [1, 1, height, width]"
-            raise ControlMapError(f"{self.path}: its output has the shape {_shown(found)}; {self.kind} needs {needed}")
+            raise ControlMapError(f"{self.path}: its output has the shape {shown(found)}; {self.kind} needs {needed}")
         values = np.asarray(result[0], np.float32)
         if not np.isfinite(values).all():
             raise ControlMapError(f"{self.path}: gave values that are not finite; export it in float32, or check what it is fed with")
@@ -137,9 +128,34 @@ def _stacked(levels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.repeat(levels[..., None], 3, axis=2))
 
 
-def _shown(shape: list[Any]) -> str:
+def open_model(path: Path) -> Any:
+    """onnxruntime's session of a model. Raises `ControlMapError` for a file that is none."""
+    if not path.is_file():
+        raise ControlMapError(f"{path}: there is no such file; name an ONNX model")
+    runtime = importlib.import_module("onnxruntime")
+    quiet = runtime.SessionOptions()
+    quiet.log_severity_level = 3  # errors, which are raised too
+    providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in runtime.get_available_providers()]
+    try:
+        return runtime.InferenceSession(str(path), quiet, providers=providers)
+    except Exception as error:  # onnxruntime's own errors share no narrower base
+        raise ControlMapError(f"{path}: cannot be loaded as an ONNX model ({reason(error)}); export or download it again") from error
+
+
+def check_input(path: Path, tensor: Any) -> None:
+    """Raises `ControlMapError` where a model's input is not one RGB picture of floats."""
+    shape, element = list(tensor.shape), tensor.type
+    if element not in ("tensor(float)", "tensor(float16)"):
+        raise ControlMapError(f"{path}: its input is a {element}; export it for float pictures")
+    if len(shape) != 4 or (isinstance(shape[0], int) and shape[0] != 1) or (isinstance(shape[1], int) and shape[1] != 3):
+        raise ControlMapError(f"{path}: its input has the shape {shown(shape)}; needed is [1, 3, height, width], one RGB picture")
+
+
+def shown(shape: Sequence[Any]) -> str:
+    """A shape in words; a side that is free is a question mark."""
     return f"[{', '.join('?' if one is None else str(one) for one in shape)}]"
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """The first line of what onnxruntime says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

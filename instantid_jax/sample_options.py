@@ -114,9 +114,9 @@ class SampleOptions:
     allow_unknown_lora_keys: bool = False  # Leave out what is not understood in a LoRA file, with a list, instead of refusing it.
     controlnet: tuple[Path, ...] = ()  # Other ControlNets, folders that `python -m convert_weights import --controlnet` wrote.
     control_image: tuple[Path, ...] = ()  # One picture (depth, edges, ...) for each --controlnet.
-    # What makes a map of each: none (it is one; default), canny, canny:LOW,HIGH, depth or image by an ONNX model (docs/composing.md).
+    # What makes a map of each: none (it is one; default), canny, canny:LOW,HIGH, depth, image or pose by an ONNX model (docs/composing.md).
     control_preprocess: tuple[str, ...] = ()
-    control_model: tuple[Path, ...] = ()  # The ONNX file of each depth or image among them, in order.
+    control_model: tuple[Path, ...] = ()  # The ONNX file of each depth, image or pose among them, in order.
     control_scale: tuple[float | str, ...] = ()  # One strength or schedule for each --controlnet; 1 by default.
     height: int | None = None  # Pixels, a multiple of 8; by default from the pose photo, its long side 1280 (64 with the small model).
     width: int | None = None  # Width, likewise; of one alone the other follows from the photo's proportions.

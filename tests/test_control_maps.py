@@ -10,7 +10,8 @@ from PIL import Image
 from instantid_jax import control_maps as module
 from instantid_jax.control_maps import ControlMapError, Preprocessor, canny, check_preprocessors, control_maps, fitted, main, read_preprocessor
 from instantid_jax.face import load_photo, resize_img
-from tests.fake_maps import write_depth
+from instantid_jax.onnx_pose import OnnxPose
+from tests.fake_maps import peaks, write_depth, write_simcc
 
 PHOTO = Path(module.__file__).parent / "assets/astronaut.jpg"
 
@@ -65,6 +66,9 @@ def test_wrong_thresholds(thresholds: tuple[float, float]) -> None:
         ("depth", Preprocessor("depth")),
         ("depth:invert,518", Preprocessor("depth", side=518, invert=True)),
         ("image:symmetric", Preprocessor("image", symmetric=True)),
+        ("pose", Preprocessor("pose")),
+        ("pose:body", Preprocessor("pose", parts=("body",))),
+        ("pose:body, hands,0.25,0,.75,1", Preprocessor("pose", parts=("body", "hands"), box=(0.25, 0, 0.75, 1))),
     ],
 )
 def test_texts(text: str, expected: Preprocessor) -> None:
@@ -74,7 +78,7 @@ def test_texts(text: str, expected: Preprocessor) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cany", "no preprocessor 'cany'; known: none, canny, depth, image; did you mean 'canny'?"),
+        ("cany", "no preprocessor 'cany'; known: none, canny, depth, image, pose; did you mean 'canny'?"),
         ("", "no preprocessor ''"),
         ("none:1", "none takes no arguments"),
         ("canny:100", "canny takes two thresholds, as canny:100,200"),
@@ -85,6 +89,11 @@ def test_texts(text: str, expected: Preprocessor) -> None:
         ("depth:inverse", "not 'inverse'; did you mean 'invert'?"),
         ("depth:", "depth takes invert, symmetric, or a side in pixels, not ''"),
         ("image:8", "the side must be between 32 and 4096 pixels, not 8"),
+        ("pose:bdoy", "pose takes body, hands, face, or four numbers, the person's box, not 'bdoy'; did you mean 'body'?"),
+        ("pose:", "pose takes body, hands, face, or four numbers, the person's box, not ''"),
+        ("pose:dw-ll_ucoco_384.onnx", "the model's file has an option of its own; here are body, hands, face, or the person's box"),
+        ("pose:body,0,0,1", "the person's box is four parts of the photo from 0 to 1, left, top, right, bottom, not 0, 0, 1"),
+        ("pose:10,20,200,400", "the person's box is four parts of the photo from 0 to 1"),
     ],
 )
 def test_wrong_texts(text: str, message: str) -> None:
@@ -100,6 +109,8 @@ def test_counts() -> None:
         check_preprocessors(["canny"], 0, 2)
     with pytest.raises(ControlMapError, match=r"--control-model has 1 files, --control-preprocess asks for 2"):
         check_preprocessors(["depth", "image"], 1, 2)
+    with pytest.raises(ControlMapError, match=r"asks for 3 \(each depth, image and pose needs one, in their order\)"):
+        check_preprocessors(["pose:body", "depth", "image"], 2, 3)
     with pytest.raises(ControlMapError, match="--control-model has 1 files, --control-preprocess asks for 0"):
         check_preprocessors([], 1, 1)
     with pytest.raises(ControlMapError, match="image needs an ONNX model"):
@@ -113,6 +124,17 @@ def test_maps_are_made_at_the_outputs_size(tmp_path: Path) -> None:
     assert kept is photo and edges.size == depth.size == (256, 128)
     assert (np.asarray(edges) == np.asarray(canny(wide.resize((256, 128), Image.Resampling.BILINEAR)))).all()
     assert control_maps([photo], [], [], (64, 64)) == [photo]
+
+
+def test_poses_are_drawn_at_the_outputs_size(tmp_path: Path) -> None:
+    photo, model = load_photo(PHOTO), tmp_path / "pose.onnx"
+    write_simcc(model, *(peaks(np.arange(133) * 3 + 20, bins, np.full(133, 0.9)) for bins in (576, 768)), (288, 384))
+    whole, body, boxed = control_maps([photo] * 3, ["pose", "pose:body", "pose:0.5,0,1,1"], [model] * 3, (256, 128))
+    seen = fitted(photo, (256, 128))
+    assert whole.size == (256, 128) and (np.asarray(whole) == np.asarray(OnnxPose(model)(seen))).all()
+    assert (np.asarray(body) == np.asarray(OnnxPose(model, parts=["body"])(seen))).all() and (np.asarray(body) != np.asarray(whole)).any()
+    assert (np.asarray(boxed) == np.asarray(OnnxPose(model, box=(0.5, 0, 1, 1))(seen))).all() and (np.asarray(boxed) != np.asarray(whole)).any()
+    assert not np.asarray(boxed)[:, :64].any()
 
 
 def test_of_the_pose_photo_they_have_the_published_resizing() -> None:
@@ -133,6 +155,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["cany", str(PHOTO)], 2, "did you mean 'canny'?"),
         (["depth", str(PHOTO)], 2, "--model: depth needs an ONNX model"),
         (["canny", str(PHOTO), "--model", str(model)], 2, "--model: canny has no model; leave it out"),
+        (["pose", str(PHOTO)], 2, "--model: pose needs an ONNX model"),
+        (["pose", str(PHOTO), "--model", str(model)], 1, "depth.onnx: has 1 inputs and 1 outputs; pose needs one picture in and two out"),
         (["canny", str(PHOTO), "--width", "8"], 2, "--width and --height must be between 64 and 16384"),
         (["canny", str(tmp_path / "gone.png")], 1, "gone.png: there is no such file"),
         (["depth", str(PHOTO), "--model", str(PHOTO)], 1, "astronaut.jpg: cannot be loaded as an ONNX model"),

@@ -21,7 +21,7 @@ FLOORS = (
     (r"instantid_jax\.(people|people_file|group|prompts|metadata|editing|face_refine)", 4),
     (r"instantid_jax\.(training|evaluation)(\..+)?|instantid_jax\.data\.(cache|prepare)", 4),
     (r"convert_weights(\..+)?", 4),
-    (r"instantid_jax\.(models|parallel)(\..+)?|instantid_jax\.(checkpoint|lora|control_maps|onnx_map)", 3),
+    (r"instantid_jax\.(models|parallel)(\..+)?|instantid_jax\.(checkpoint|lora|control_maps|onnx_map|onnx_pose)", 3),
     (r"instantid_jax\.data\.(drawing|transforms|inputs|filters|loader|resident|portrait.*|builder|preparation)", 3),
     (r"instantid_jax\.(nn|face|text|data)(\..+)?|instantid_jax\.(progress|running|watermark)", 2),
     (r"instantid_jax\.diffusion(\..+)?", 1),

@@ -13,15 +13,21 @@ from PIL import Image
 
 import sample
 from convert_weights.__main__ import Command
+from convert_weights.__main__ import main as convert
 from instantid_jax import sampling
 from instantid_jax.defaults import DEFAULT_WEIGHTS, default_config, people
 from instantid_jax.diffusion import PRESETS
 from instantid_jax.pipeline import InstantIDPipeline, PipelineOutput
 
-TEXT = (Path(__file__).parents[2] / "docs/community.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.strip().splitlines()]
-SAMPLE = [line.removeprefix("python sample.py ") for line in COMMANDS if line.startswith("python sample.py ")]
-IMPORT = [line.removeprefix("python -m convert_weights ") for line in COMMANDS if line.startswith("python -m convert_weights ")]
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs/community.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", TEXT, re.S)
+COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.strip().splitlines()]
+PYTHON = [block for kind, block in BLOCKS if kind == "python"]
+DRAWN = [line for line in COMMANDS if " red.safetensors" in line]
+"""The LoRA that the page makes, and its pictures."""
+SAMPLE = [line.removeprefix("python sample.py ") for line in COMMANDS if line.startswith("python sample.py ") and line not in DRAWN]
+IMPORT = [line.removeprefix("python -m convert_weights ") for line in COMMANDS if line.startswith("python -m convert_weights import")]
 LORAS = ("style.safetensors", "detail.safetensors", "lcm-lora-sdxl.safetensors", "Hyper-SDXL-8steps-lora.safetensors")
 SITES = {
     "unet": (
@@ -55,7 +61,7 @@ def in_place(command: str, out: Path) -> list[str]:
 
 
 def test_the_page_has_all_commands() -> None:
-    assert len(SAMPLE) == 5 and len(IMPORT) == 3 and len(COMMANDS) == 8
+    assert (len(SAMPLE), len(IMPORT), len(DRAWN), len(COMMANDS), len(PYTHON)) == (5, 3, 4, 13, 3)
     assert all(f"`{name}`" in TEXT or f"`-{name.split('-')[1]}`" in TEXT for name in PRESETS)
 
 
@@ -100,9 +106,41 @@ def test_commands_that_import(command: str) -> None:
     assert chosen.base and chosen.instantid and chosen.out
 
 
+@pytest.mark.parametrize("steps", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_lora_extracted_as_documented(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With all steps it is the page's own picture, but for JPEG and the last bits of other machines."""
+    (tmp_path / "instantid_jax").symlink_to(ROOT / "instantid_jax")
+    monkeypatch.chdir(tmp_path)
+    exec(PYTHON[1], {})
+    extract, *draw = DRAWN
+    assert convert(shlex.split(extract)[3:]) == 0
+    assert "unet                      22 of 175             8                     82.5 %" in capsys.readouterr().out
+    for command in draw:
+        assert sample.main([*shlex.split(command)[2:], "--steps", str(steps)]) == 0
+    exec(PYTHON[2], {})
+    pictures = []
+    for scale in ("0", "0.5", "1"):
+        with Image.open(f"lora_{scale}/000000.png") as image:
+            pictures.append(np.asarray(image, np.float32))
+    plain, half, whole = pictures
+    assert np.abs(whole - plain).mean() > 1.5 * np.abs(half - plain).mean() > 0.5
+    if steps < 20:
+        return
+    with Image.open("lora.png") as made, Image.open(ROOT / "docs/images/lora.jpg") as shown:
+        assert made.size == shown.size and np.abs(np.asarray(made, np.float32) - np.asarray(shown, np.float32)).mean() < 3
+    redness = [(picture[..., 0] - picture[..., 1:].mean(axis=-1))[4:16, 20:44].mean() for picture in pictures]
+    assert redness[0] + 5 < redness[1] < redness[2] - 20  # of the hair over the face
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m convert_weights extract-lora")])
+def test_commands_that_extract(command: str) -> None:
+    chosen = tyro.cli(Command, args=shlex.split(command)[3:])  # type: ignore[call-overload]
+    assert chosen.base and chosen.tuned and chosen.rank in (8, 32)
+
+
 def test_the_python_lines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    code = PYTHON[0]
     names: dict[str, Any] = {}
     exec(code.replace('"weights"', repr(str(DEFAULT_WEIGHTS))), names)
     assert isinstance(names["merged"], InstantIDPipeline) and names["pipe"].lora_scales == []

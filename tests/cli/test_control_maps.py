@@ -14,9 +14,10 @@ from instantid_jax import jobs, sampling
 from instantid_jax.control_maps import canny, fitted, main
 from instantid_jax.face import load_photo
 from instantid_jax.onnx_map import OnnxMap
+from instantid_jax.onnx_pose import OnnxPose
 from instantid_jax.output import file_digest, read_settings
 from tests.cli.test_sample import Stub, face_file, weights_folder
-from tests.fake_maps import write_depth
+from tests.fake_maps import peaks, write_depth, write_simcc
 
 ROOT = Path(__file__).parents[2]
 PHOTO = ROOT / "instantid_jax/assets/astronaut.jpg"
@@ -91,7 +92,7 @@ def test_a_picture_is_made_again_with_the_same_model_alone(
         (
             "--control-preprocess canny dept",
             2,
-            "--control-preprocess: there is no preprocessor 'dept'; known: none, canny, depth, image; did you mean",
+            "--control-preprocess: there is no preprocessor 'dept'; known: none, canny, depth, image, pose; did you mean",
         ),
         ("--control-preprocess canny depth", 2, "--control-model has 0 files, --control-preprocess asks for 1"),
         ("--control-model README.md", 2, "--control-model has 1 files, --control-preprocess asks for 0"),
@@ -147,11 +148,46 @@ def test_jobs_have_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert "line 1: control_model has 0 files, control_preprocess asks for 1" in capsys.readouterr().err
 
 
+def documented(start: str) -> list[str]:
+    """The page's lines in bash that begin so."""
+    text = (ROOT / "docs/composing.md").read_text(encoding="utf-8")
+    return [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines() if line.startswith(start)]
+
+
 def test_the_documented_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    text = Path("docs/composing.md").read_text(encoding="utf-8")
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
-    (command,) = [line for line in lines if line.startswith("python -m instantid_jax.control_maps ") and ".onnx" not in line]
+    (command,) = documented("python -m instantid_jax.control_maps canny ")
     assert main([*shlex.split(command)[3:], "--out", str(tmp_path / "map.png")]) == 0
     with Image.open(tmp_path / "map.png") as made, Image.open("docs/images/edges.png") as shown:
         assert (np.asarray(made) == np.asarray(shown)).all()
+
+
+def test_the_documented_pose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = documented("python -m instantid_jax.control_maps pose ")
+    monkeypatch.chdir(tmp_path)
+    Path("photo.jpg").write_bytes(PHOTO.read_bytes())
+    places, sides = np.array([np.arange(133) * 4 + 5, np.arange(133) * 5 + 40]), (576, 768)
+    write_simcc(Path("dw-ll_ucoco_384.onnx"), *(peaks(one, bins, np.full(133, 0.9)) for one, bins in zip(places, sides, strict=True)), (288, 384))
+    assert main(shlex.split(command)[3:]) == 0
+    with Image.open("pose.png") as made:
+        assert (np.asarray(made) == np.asarray(OnnxPose("dw-ll_ucoco_384.onnx")(load_photo(PHOTO)))).all() and made.size == (512, 512)
+
+
+def test_the_documented_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/composing.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "draw_pose" in block]
+    exec(code, {})
+    with Image.open("pose.png") as made, Image.open(ROOT / "docs/images/pose.png") as shown:
+        assert (np.asarray(made) == np.asarray(shown)).all()
+
+
+def test_a_pose_reaches_the_call_and_the_settings(stub: Stub, named: list[str], tmp_path: Path) -> None:
+    model, out = tmp_path / "pose.onnx", tmp_path / "out"
+    write_simcc(model, *(peaks(np.arange(17) * 4 + 200, bins, np.full(17, 0.9)) for bins in (576, 768)), (288, 384))
+    chosen = ["--control-preprocess", "none", "pose:body,0.25,0,0.75,1", "--control-model", str(model)]
+    assert sample.main([*named, *chosen, "--out", str(out)]) == 0
+    pose = np.asarray(stub.called["image"][2])
+    assert (pose == np.asarray(OnnxPose(model, box=(0.25, 0, 0.75, 1))(fitted(load_photo(PHOTO), (128, 64))))).all() and pose.any()
+    settings = read_settings(out / "000000.png")
+    assert settings["control_preprocess"] == ["none", "pose:body,0.25,0,0.75,1"] and settings["preprocessor_sha256"] == [file_digest(model)]

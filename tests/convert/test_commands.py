@@ -208,4 +208,4 @@ def test_as_a_program_without_torch(golden_snapshot: Path) -> None:
         [sys.executable, "-m", "convert_weights", "--help"], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False
     )
     assert shown.returncode == 0
-    assert all(name in shown.stdout for name in ("import", "export", "inspect", "diff", "verify"))
+    assert all(name in shown.stdout for name in ("import", "export", "extract-lora", "inspect", "diff", "verify"))

@@ -3,6 +3,7 @@
 The PyTorch side is the golden case's, as in `test_whole_pipeline`, with its UNet and text towers under diffusers' own loader.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from test_whole_pipeline import GUIDANCE, NEGATIVE, PROMPT, Reference
 from test_whole_pipeline import STRENGTHS as NETS
 
 from convert_weights.__main__ import main as convert
-from convert_weights.lora import _sites, read_lora
-from instantid_jax.checkpoint import load_weights
+from convert_weights.lora import read_lora, sites_of
+from instantid_jax.checkpoint import load_weights, save_weights
 from instantid_jax.config import ModelConfig, sdxl
 from instantid_jax.lora import LORA_NETWORKS, Lora, merge_lora
 from instantid_jax.models import build_networks
@@ -152,7 +153,7 @@ def test_latents_of_whole_calls(styles: list[str], files: dict[str, Path], conve
 
 def test_every_kernel_of_sdxl_is_known_in_every_style() -> None:
     networks = build_networks(sdxl())
-    spellings = _sites(sdxl())
+    spellings = sites_of(sdxl())
     for network in LORA_NETWORKS:
         kernels = [path for path in networks[network].disk_shapes() if path.endswith("/kernel")]
         assert len(kernels) > 50
@@ -161,6 +162,28 @@ def test_every_kernel_of_sdxl_is_known_in_every_style() -> None:
             for style in ("kohya", "peft", "diffusers", "original") if blocks else ("kohya", "peft", "diffusers"):
                 site = spellings[stem(network, path, style)]
                 assert (site.network, site.path) == (network, path)
+
+
+def test_an_extracted_lora_is_the_difference_in_diffusers_too(
+    converted: Path, config: ModelConfig, files: dict[str, Path], golden_snapshot: Path, tmp_path: Path
+) -> None:
+    lora, tuned, out = read_lora(files["kohya"], config), tmp_path / "tuned", tmp_path / "extracted.safetensors"
+    tuned.mkdir()
+    shutil.copy(converted / "config.json", tuned)
+    for network in LORA_NETWORKS:
+        save_weights(tuned / network, ours_merged(converted, network, [lora], ()))
+    assert convert(["extract-lora", "--base", str(converted), "--tuned", str(tuned), "--out", str(out), "--rank", "8"]) == 0
+    reference = Reference(golden_snapshot)
+    loaded(reference, [out], (1.0,)).fuse_lora()
+    extracted, changed = read_lora(out, config), 0
+    for network, module in zip(LORA_NETWORKS, (reference.unet, *reference.towers), strict=True):
+        theirs, expected = published(module), load_weights(tuned / network)
+        for path, x in ours_merged(converted, network, [extracted], ()).items():
+            if path.endswith("/kernel"):
+                name, mine = as_published(path, x)
+                assert error(mine, theirs[name]) <= WEIGHTS and error(x, expected[path]) <= WEIGHTS, name
+                changed += path in extracted.networks.get(network, {})
+    assert changed == sum(map(len, ALL.values()))
 
 
 def test_alphas_in_what_diffusers_saves(converted: Path, config: ModelConfig, golden_snapshot: Path, tmp_path: Path) -> None:
