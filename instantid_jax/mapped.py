@@ -37,7 +37,7 @@ def copy_into(target: np.ndarray, source: np.ndarray) -> None:
     if mapping is None or source.dtype != target.dtype:
         np.copyto(target, source)
         return
-    room = memoryview(target.reshape(-1).view(np.uint8))
+    room = target.reshape(-1).view(np.uint8).data
     with Path(str(mapping.filename)).open("rb", buffering=0) as handle:
         handle.seek(mapping.offset)
         while room:

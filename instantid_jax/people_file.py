@@ -75,6 +75,8 @@ class PeopleFile:
 
 def read_people_file(path: Path) -> PeopleFile:
     """Reads a people file. Raises `PeopleFileError` for what is wrong, and OSError where there is no such file."""
+    if path.suffix not in (".toml", ".json") and path.is_file():
+        raise PeopleFileError(f"{path}: a file of people is .toml or .json")
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)

@@ -194,8 +194,14 @@ class SampleOptions:
         self.compared()
         if self.blend and not 2 <= self.blend_steps <= 1000:
             raise ValueError(f"--blend-steps must be between 2 and 1000, not {self.blend_steps}")
-        for text in self.view:
+        if self.blend_steps != SampleOptions.blend_steps and not self.blend:
+            raise ValueError("--blend-steps goes with --blend")
+        if self.guidance_rescale and self.guidance_scale is not None and self.guidance_scale <= 1 and not self.compare:
+            raise ValueError(f"--guidance-rescale has no meaning without guidance, which --guidance-scale {self.guidance_scale:g} switches off")
+        for i, text in enumerate(self.view):
             read_view(text)
+            if text in self.view[:i]:
+                raise ValueError(f"--view {text} is asked for twice")
         if self.keep_face_vector and (self.people or self.is_demo or self.blend or self.enhance_non_face_region):
             raise ValueError("--keep-face-vector is for one person named by --face; leave out --people, --blend and --enhance-non-face-region")
         if self.replay is not None and self.jobs is not None:

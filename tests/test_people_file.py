@@ -96,3 +96,8 @@ def test_nested_too_deep_or_no_text(name: str, content: bytes, tmp_path: Path) -
     (tmp_path / name).write_bytes(content)
     with pytest.raises(PeopleFileError, match=rf"{name}: cannot be read as (JSON|TOML)"):
         read_people_file(tmp_path / name)
+
+
+def test_the_name_says_how_it_is_written(tmp_path: Path) -> None:
+    with pytest.raises(PeopleFileError, match=r"people\.yaml: a file of people is \.toml or \.json"):
+        read(tmp_path, "person: []", "people.yaml")
