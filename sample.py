@@ -9,6 +9,7 @@ Exit status: 0 all made, 1 an error, 2 a wrong option; of --jobs also 3 some fai
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 import tempfile
@@ -175,6 +176,11 @@ def _plan_table(s: SampleOptions) -> str:
     """What sampling would need on the TPUs of `SampleOptions.aot`: of the weights' model, or of SDXL; nothing is read but its configuration."""
     from instantid_jax.parallel.aot import Plan, tell  # only a plan needs it
 
+    plans = ("aot", "weights", "dtype", "num_images", "steps", "height", "width")
+    changed = (f.name for f in dataclasses.fields(s) if getattr(s, f.name) != getattr(SampleOptions, f.name))
+    if other := next((name for name in changed if name not in (*plans, "out")), None):
+        listed = ", ".join(f"--{name.replace('_', '-')}" for name in plans[1:])
+        raise OptionError(f"--{other.replace('_', '-')} takes no part in --aot, which plans with {listed}; leave it out")
     config = sdxl() if s.weights is None else read_config(s.weights)
     side = config.unet.sample_size * config.vae.downscale
     size = s.height or s.width or side, s.width or s.height or side

@@ -83,6 +83,9 @@ def run(command: Command) -> int:
         join(command.coordinator, command.processes, command.process)
     elif (command.coordinator, command.processes, command.process) != (None, None, None):
         raise OptionError("--coordinator, --processes and --process go with --distributed")
+    asked = [f"--{name.replace('_', '-')}" for name in ("explain_sharding", "aot", "dry_run") if getattr(command, name)]
+    if len(asked) > 1:
+        raise OptionError(f"{' and '.join(asked)} are plans of different kinds; ask for one")
     if command.explain_sharding:
         print(explain_sharding(command.recipe))
         return 0

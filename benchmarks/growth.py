@@ -3,8 +3,8 @@
     python benchmarks/growth.py                        a model of 0.3 billion parameters, float32
     python benchmarks/growth.py --model portraits --json growth.json
 
-One step of IdentityNet and UNet with guidance at 256 to 1024 pixels, for 1 to 8 pictures of 256 pixels, and whole loops of 1 to 8 steps. Seconds
-are medians of `--repeats` after an untimed call, memory is XLA's plan for what is needed beside weights and inputs. Exponents are
+One step of IdentityNet and UNet with guidance at 256 to 1024 pixels, for 1 to 8 pictures of 256 pixels, and taken 1 to 8 times in a row.
+Seconds are medians of `--repeats` after an untimed call, memory is XLA's plan for what is needed beside weights and inputs. Exponents are
 fitted to log y = a + k log x: 1 is proportional, 2 is what attention's scores alone would do with pixels.
 """
 

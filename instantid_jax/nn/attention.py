@@ -24,7 +24,7 @@ from instantid_jax.nn.platform import target_platform
 _SHORT = 256  # keys: below this the scores are small and one fused einsum is best everywhere
 _QUERY_BLOCK = 1024
 _CUDNN_WIDEST = 128  # channels a head that every generation's kernels take
-_MANY_SCORES = 1 << 26  # a quarter of a gigabyte in float32
+_MANY_SCORES = 1 << 26  # a quarter of a gigabyte in float32, for every example and head
 
 
 class KeysValues(NamedTuple):

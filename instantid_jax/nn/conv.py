@@ -16,7 +16,7 @@ _MATMUL_CHANNELS = 256  # below this the taps fill no multiplier
 _CPU_PIXELS = 16 * 16  # up to here a CPU is faster with one matrix product (1280 channels, forward: 1.5 times; 8 x 8, with gradient: 3 times)
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
-_he = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+_lecun = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
 class Conv(nnx.Module):
@@ -42,7 +42,7 @@ class Conv(nnx.Module):
     ):
         self.stride, self.dtype = stride, dtype
         self.padding = ((size // 2, size // 2),) * 2 if padding is None else padding
-        initializer = nnx.initializers.zeros if zero else _he
+        initializer = nnx.initializers.zeros if zero else _lecun
         self.kernel = nnx.Param(initializer(rngs.params(), (size, size, channels_in, channels_out)))
         self.bias = nnx.Param(jnp.zeros((channels_out,)))
 

@@ -13,6 +13,7 @@ import argparse
 import collections
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
@@ -25,7 +26,7 @@ if __name__ == "__main__":  # before JAX looks for devices
 
 import jax
 
-from instantid_jax.options import status_of, while_read
+from instantid_jax.options import status_of, while_read, wrong_options
 from instantid_jax.parallel import hlo
 from instantid_jax.parallel.chips import Chip, TopologyError, device_mesh, parse_topology, topology_devices
 from instantid_jax.parallel.flops import kernel_flops
@@ -39,6 +40,8 @@ __all__ = ["PROGRAMS", "Plan", "StageReport", "analyze", "compile_plan", "main",
 
 PROGRAMS = ("unet", "sample", "train")
 _MOSAIC = "tpu_custom_call"
+EXIT_TOO_LARGE = 4
+"""Exit status of a plan that does not fit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +182,17 @@ def stages(plan: Plan, mesh: jax.sharding.Mesh, chips: int) -> list[Stage]:
 
 def make_plan_mesh(plan: Plan) -> tuple[Chip, jax.sharding.Mesh]:
     """The chip and the mesh of a plan."""
+    for name in ("data", "fsdp", "tensor", "batch", "steps"):
+        if (value := getattr(plan, name)) is not None and value < 1:
+            raise TopologyError(f"--{name} must be at least 1, not {value}")
+    if plan.program != "train" and any(side < 1 or side % plan.model.vae.downscale for side in plan.size):
+        raise TopologyError(f"height and width must be multiples of {plan.model.vae.downscale}, not {plan.size[0]} and {plan.size[1]}")
     _, _, slices = parse_topology(plan.topology)
     chip, devices = topology_devices(plan.topology)
+    axes = {name: getattr(plan, name) for name in ("data", "fsdp", "tensor") if getattr(plan, name) is not None}
+    if len(devices) % math.prod(axes.values()):
+        asked = " x ".join(f"{name} {value}" for name, value in axes.items())
+        raise TopologyError(f"{plan.topology} has {len(devices)} devices, which {asked} does not divide; set --data, --fsdp and --tensor to match")
     count = len(devices) // plan.tensor
     if plan.program == "train":
         data = plan.data or (slices if plan.fsdp is None else count // plan.fsdp)
@@ -188,6 +200,8 @@ def make_plan_mesh(plan: Plan) -> tuple[Chip, jax.sharding.Mesh]:
     else:
         fsdp = plan.fsdp or 1
         data = plan.data or count // fsdp
+        if (plan.batch or 0) % (data * fsdp):
+            raise TopologyError(f"--batch {plan.batch} cannot be spread over data {data} x fsdp {fsdp}; give a multiple of {data * fsdp}")
     return chip, device_mesh(devices, data, fsdp, plan.tensor)
 
 
@@ -316,7 +330,7 @@ def tell(plan: Plan) -> str:
 
 @while_read
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Command line; returns the exit status: 0, or 4 where the plan does not fit into the memory."""
     parser = argparse.ArgumentParser(prog="python -m instantid_jax.parallel.aot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--topology", required=True, help="as v5e:4x4; 2*v5e:4x4 is two slices")
     parser.add_argument("--program", required=True, choices=PROGRAMS)
@@ -324,9 +338,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=int, help="devices along the mesh axis")
     parser.add_argument("--fsdp", type=int, help="likewise; training: by default all of a slice")
     parser.add_argument("--tensor", type=int, default=1, help="likewise")
-    parser.add_argument("--batch", type=int, help="training, sampling: pictures in all, by default one a device; unet: rows, by default two a device")
+    parser.add_argument("--batch", type=int, help="training, sampling: pictures in all, by default one a chip; unet: rows, by default two a chip")
     parser.add_argument("--steps", type=int, default=30, help="denoising steps")
-    parser.add_argument("--size", type=int, default=1024, help="height and width in pixels, of sampling")
+    parser.add_argument("--size", type=int, default=1024, help="height and width in pixels, of sampling and unet; training has its recipe's")
     parser.add_argument("--remat", help="compute.remat of the recipe: none, dots, blocks, offload or full")
     parser.add_argument("--dtype", help="compute.dtype of the recipe")
     parser.add_argument("--attention", help="compute.attention of the recipe")
@@ -336,9 +350,12 @@ def main(arguments: list[str] | None = None) -> int:
     from instantid_jax.training.recipes import load_recipe  # needs the packages of training
 
     try:
+        if given.json is not None and not given.json.absolute().parent.is_dir():
+            raise TopologyError(f"--json {given.json}: there is no folder {given.json.absolute().parent}")
         config = load_recipe(given.config)
         changes = {name: getattr(given, name) for name in ("remat", "attention", "dtype") if getattr(given, name) is not None}
-        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, **changes))
+        with wrong_options():
+            config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, **changes))
         axes = {name: getattr(given, name) for name in ("data", "fsdp", "tensor", "batch", "steps")}
         plan = Plan(given.topology, given.program, config.model, config.compute, config, **axes, size=(given.size, given.size))
         result = compile_plan(plan, lambda line: print(line, file=sys.stderr, flush=True), given.dump)
@@ -348,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(result))
     if given.json is not None:
         given.json.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return 0
+    return 0 if result["fits"] else EXIT_TOO_LARGE
 
 
 if __name__ == "__main__":

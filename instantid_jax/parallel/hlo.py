@@ -21,6 +21,7 @@ __all__ = ["Costs", "HloError", "Program", "costs", "parse", "taps"]
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast", "ragged-all-to-all")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s16": 16, "u16": 16, "f32": 32, "s32": 32, "u32": 32, "f64": 64}
+_BITS |= {"s2": 2, "u2": 2, "s64": 64, "u64": 64, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=\{?((?:%[\w.\-]+(?:, )?)+)")
 
@@ -39,7 +40,8 @@ class Array(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes without a layout's padding."""
-        return math.prod(self.shape) * _BITS.get(self.dtype, 8) // 8
+        bits = 8 if self.dtype.startswith("f8") else _BITS[self.dtype]
+        return math.prod(self.shape) * bits // 8
 
 
 class Instruction(NamedTuple):
@@ -214,16 +216,7 @@ def calls(program: Program) -> tuple[dict[str, float], set[str]]:
             if instruction.opcode == "while":
                 body = instruction.attribute(r"body=%([\w.\-]+)") or ""
                 visit(body, times * trip_count(program, computation, instruction), inside)
-            elif instruction.opcode not in (
-                "reduce",
-                "reduce-window",
-                "scatter",
-                "sort",
-                "map",
-                "all-reduce",
-                "reduce-scatter",
-                "select-and-scatter",
-            ):
+            elif instruction.opcode not in _COMBINING:
                 for called in instruction.called:
                     if called in program.computations:
                         visit(called, times, inside or instruction.opcode == "fusion")

@@ -123,6 +123,11 @@ def test_help_explains_every_field(recipe, capsys):
     assert "--optimizer.learning-rate" in text and "--dry-run" in text and "75 stopped by a signal with its state saved" in text
 
 
+def test_plans_of_two_kinds_are_refused(recipe, capsys):
+    assert train.main(["--config", recipe, "--dry-run", "--aot", "v5e:1x1"]) == 2
+    assert capsys.readouterr().err == "train.py: --aot and --dry-run are plans of different kinds; ask for one\n"
+
+
 def test_a_dry_run_trains_nothing(recipe, capsys, tmp_path):
     assert train.main(["--config", recipe, "--dry-run"]) == 0
     text = capsys.readouterr().out

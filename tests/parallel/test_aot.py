@@ -49,6 +49,10 @@ def test_wrong_arguments_are_one_sentence(capsys: pytest.CaptureFixture[str]) ->
         (["--topology", "v9:1x1", "--program", "unet"], "no topology known here"),
         (["--topology", "v5e:1x1", "--program", "unet", "--config", "nowhere.py"], "no recipe nowhere.py"),
         (["--topology", "v5e:1x1", "--program", "unet", "--remat", "some"], "remat"),
+        (["--topology", "v5e:1x1", "--program", "unet", "--batch", "0"], "--batch must be at least 1, not 0"),
+        (["--topology", "v5e:1x1", "--program", "unet", "--tensor", "-1"], "--tensor must be at least 1, not -1"),
+        (["--topology", "v5e:1x1", "--program", "sample", "--size", "1020"], "height and width must be multiples of 8, not 1020 and 1020"),
+        (["--topology", "v5e:1x1", "--program", "unet", "--json", "nowhere/x.json"], "--json nowhere/x.json: there is no folder"),
     ):
         assert aot.main(arguments) != 0
         error = capsys.readouterr().err
@@ -79,3 +83,17 @@ def test_the_command_lines_name_a_wrong_topology(program: str, monkeypatch: pyte
     main = importlib.import_module(name.removesuffix(".py")).main
     assert main([*options, "--aot", "v9:1x1"]) == 2
     assert capsys.readouterr().err.startswith(f"{name}: 'v9:1x1' is no topology known here")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--program", "unet", "--batch", "3"], "--batch 3 cannot be spread over data 4 x fsdp 1; give a multiple of 4"),
+        (["--program", "train", "--tensor", "8"], "v5e:2x2 has 4 devices, which tensor 8 does not divide; set --data, --fsdp and --tensor to match"),
+        (["--program", "sample", "--data", "3"], "v5e:2x2 has 4 devices, which data 3 x tensor 1 does not divide"),
+    ],
+)
+def test_a_plan_that_does_not_suit_the_machine_is_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("libtpu")
+    assert aot.main(["--topology", "v5e:2x2", "--config", str(ROOT / "configs/portraits_quick.py"), *options]) == 2
+    assert message in capsys.readouterr().err
