@@ -60,6 +60,7 @@ def test_up_to_the_bound_nothing_is_compiled(pipe: InstantIDPipeline, compilatio
     assert all(np.abs(a - b).max() > 1e-4 for i, a in enumerate(pictures) for b in pictures[:i])
 
 
+@pytest.mark.slow
 def test_shortcuts_go_with_people(pipe: InstantIDPipeline) -> None:
     both = person(0), person(1)
     fast = make(pipe, *both, cache_interval=2, control_interval=2)

@@ -97,6 +97,7 @@ def test_tiles_are_near_to_the_whole_picture(pipe: InstantIDPipeline) -> None:
     assert tiled.shape == whole.shape and 0 < np.abs(tiled - whole).mean() < 0.1
 
 
+@pytest.mark.slow
 def test_the_last_noise_level_reaches_the_picture(pipe: InstantIDPipeline) -> None:
     old = make(pipe, sampler="unipc", sampler_options={"final_sigmas_type": "sigma_min"}, output_type="latent")
     assert np.abs(make(pipe, sampler="unipc", output_type="latent") - old).max() > 1e-4

@@ -278,7 +278,7 @@ def plain_loop(c: Case, cache: int, control: int, guided: np.ndarray) -> np.ndar
 
 @pytest.mark.parametrize(
     ("cache", "control", "guided", "start"),
-    [(3, 2, (1, 1, 1, 0, 0), 0.0), (4, 1, (0, 0, 1, 1, 0), 0.3)],
+    [(3, 2, (1, 1, 1, 0, 0), 0.0), pytest.param(4, 1, (0, 0, 1, 1, 0), 0.3, marks=pytest.mark.slow)],
 )
 def test_shortcuts_against_a_plain_loop(cache: int, control: int, guided: tuple[int, ...], start: float) -> None:
     c, wanted = case(start=start), np.asarray(guided, bool)

@@ -127,7 +127,7 @@ def test_jobs_have_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
             return np.zeros((1, 1, 64, 128, 3), np.float32)
 
     noting = Noting()
-    monkeypatch.setattr(jobs, "open_pipeline", lambda given: noting)
+    monkeypatch.setattr(jobs, "open_pipeline", lambda given, loras: noting)
     monkeypatch.setattr(jobs, "Spread", type("Spread", (), {"__new__": lambda cls, pipe: noting, "kind": noting.kind}))
     face_file(tmp_path / "me.npz", 512)
     model = write_depth(tmp_path / "depth.onnx")

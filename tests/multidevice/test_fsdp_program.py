@@ -12,7 +12,7 @@ import pytest
 WORKER = Path(__file__).with_name("fsdp_worker.py")
 
 
-@pytest.mark.parametrize("remat", ["none", "blocks"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("blocks", marks=pytest.mark.slow)])
 def test_weights_are_gathered_gradients_scattered_and_nothing_else_moves(remat: str) -> None:
     (out,) = launched.finish(launched.start(WORKER, remat, 8))
     told = json.loads(out.splitlines()[-1])

@@ -27,7 +27,7 @@ print(json.dumps({"difference": float(abs(one - many).max()), "spread": float(on
 """
 
 
-@pytest.mark.parametrize("kind", ["from noise", "changed"])
+@pytest.mark.parametrize("kind", ["from noise", pytest.param("changed", marks=pytest.mark.slow)])
 def test_fsdp_and_tensor(kind: str, golden_snapshot: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "convert_weights", "import", "--base", str(golden_snapshot / "base")]
     command += ["--instantid", str(golden_snapshot / "instantid"), "--out", str(tmp_path / "weights")]

@@ -94,7 +94,8 @@ def test_instantid_on_every_mesh_is_instantid_on_one_device(name, tmp_path):
     denoise(tmp_path, [name])
 
 
-@pytest.mark.parametrize(("first", "second"), [("fsdp", "mixed"), pytest.param("mixed", "data", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [("fsdp", "mixed"), ("mixed", "data")])
 def test_a_run_goes_on_upon_another_mesh(first, second, one, weights, tmp_path):
     launched.finish(start(tmp_path / "run", weights, MESHES[first], 8, bad=[5]))
     before = Told(tmp_path / "run")

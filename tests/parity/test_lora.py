@@ -123,7 +123,7 @@ def latents(pipe: InstantIDPipeline, golden: Any) -> np.ndarray:
     ).images
 
 
-@pytest.mark.parametrize("styles", [["original", "other"], ["dora", "other"]], ids="+".join)
+@pytest.mark.parametrize("styles", [["original", "other"], pytest.param(["dora", "other"], marks=pytest.mark.slow)], ids="+".join)
 def test_latents_of_whole_calls(styles: list[str], files: dict[str, Path], converted: Path, config: ModelConfig, golden_snapshot: Path) -> None:
     """Merged and kept apart are both diffusers' unfused LoRAs, and, without DoRA, its fused ones."""
     chosen = [files[style] for style in styles]

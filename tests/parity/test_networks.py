@@ -183,6 +183,7 @@ def test_resampler(model: str) -> None:
 BFLOAT16 = 3e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_bfloat16(model: str) -> None:
     """The same weights computed in bfloat16, against PyTorch in float32: root mean square error 3e-2 of the signal's."""

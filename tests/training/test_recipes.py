@@ -198,7 +198,17 @@ DIFFERENCE = {
 }
 
 
-SLOW = ("tokens_4", "tokens_32", "dropout_5", "keypoints_none", "keypoints_dense", "normalized_embedding", "image_embedding", "portraits_paper")
+SLOW = (
+    "mlp",
+    "tokens_4",
+    "tokens_32",
+    "dropout_5",
+    "keypoints_none",
+    "keypoints_dense",
+    "normalized_embedding",
+    "image_embedding",
+    "portraits_paper",
+)
 PARAMETERS = [pytest.param(name, marks=[pytest.mark.slow] if Path(name).stem in SLOW else []) for name in ABLATIONS]
 
 
