@@ -40,7 +40,9 @@ class Array(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes without a layout's padding."""
-        bits = 8 if self.dtype.startswith("f8") else _BITS[self.dtype]
+        bits = 8 if self.dtype.startswith("f8") else _BITS.get(self.dtype)
+        if bits is None:
+            raise ValueError(f"the compiled program has elements of a type whose size is not known here: {self.dtype}")
         return math.prod(self.shape) * bits // 8
 
 
