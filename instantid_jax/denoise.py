@@ -29,6 +29,7 @@ from instantid_jax.lora import apply_loras
 from instantid_jax.models import Network
 from instantid_jax.models.encoder import AddedConditions
 from instantid_jax.models.tiling import Tiling, decode_tiled, encode_tiled
+from instantid_jax.nn.placement import map_rows
 from instantid_jax.prediction import Fixed, MaskOfSize, Pace, Predictor, Shortcuts, guide, plan_calls
 
 __all__ = [
@@ -131,7 +132,8 @@ def encode_identity(network: Network, parameters: Parameters, embeddings: Array)
 
 @functools.partial(jax.jit, static_argnames=("network", "tiling"))
 def decode(network: Network, parameters: Parameters, latents: Array, tiling: Tiling | None = None) -> Array:
-    """Pictures [b, H, W, 3] in [0, 1] of scaled latents [b, h, w, c], one after the other to bound the memory; with `tiling` in tiles."""
+    """Pictures [b, H, W, 3] in [0, 1] of scaled latents [b, h, w, c], on each device one after the other to bound the memory; with `tiling` in
+    tiles."""
     vae = network.bind(parameters)
 
     def one(latent: Array) -> Array:
@@ -139,7 +141,7 @@ def decode(network: Network, parameters: Parameters, latents: Array, tiling: Til
         image = (vae.decode(z) if tiling is None else decode_tiled(vae, z, tiling))[0]
         return jnp.clip(image.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
 
-    return jax.lax.map(one, latents)
+    return map_rows(one, latents)
 
 
 @functools.partial(jax.jit, static_argnames=("network", "tiling"))

@@ -19,12 +19,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from instantid_jax.paths import first_match
 
-__all__ = ["SMALL", "by_rows", "gathers", "keep_all_but_gathered", "kernel_spec", "on_each_device", "tensor_axis", "whole"]
+__all__ = ["SMALL", "by_rows", "gathers", "keep_all_but_gathered", "kernel_spec", "map_rows", "on_each_device", "tensor_axis", "whole"]
 
 SMALL = 2**18
 """Elements below which a parameter stays whole on every device: a megabyte in float32."""
@@ -119,6 +120,22 @@ def on_each_device(attention: Callable[[Array, Array, Array], Array], q: Array, 
     heads = "tensor" if q.shape[2] % mesh.shape.get("tensor", 1) == 0 else None
     spec = PartitionSpec(tuple(batch), None, heads, None)
     return jax.shard_map(attention, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+
+
+def map_rows(function: Callable[[Array], Array], x: Array) -> Array:
+    """``function(row)`` of every row of `x` [b, ...], stacked: one after the other, by every device of the mesh on its own rows.
+
+    A loop over rows that lie on several devices would have each device go through all of them.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    shards = shape.get("data", 1) * shape.get("fsdp", 1)
+    if shards == 1 or x.shape[0] % shards:
+        return jax.lax.map(function, x)
+    rows = ("data", "fsdp")
+    turns = jnp.swapaxes(x.reshape(shards, -1, *x.shape[1:]), 0, 1)  # each has one row of every device
+    turns = jax.lax.with_sharding_constraint(turns, PartitionSpec(None, rows))
+    done = jnp.swapaxes(jax.lax.map(jax.vmap(function, spmd_axis_name=rows), turns), 0, 1)
+    return done.reshape(x.shape[0], *done.shape[2:])
 
 
 def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
