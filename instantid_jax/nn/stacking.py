@@ -1,7 +1,7 @@
 """Equal layers as one layer with a leading depth axis, so that they are traced and compiled once.
 
 A stack of L transformer blocks is one block whose every parameter has shape [l, ...]. `scan_layers` runs it as a loop
-(`jax.lax.scan`), `map_layers` evaluates a function of every layer side by side (`jax.vmap`).
+(`jax.lax.scan`), `map_layers` evaluates a function of every layer side by side (`jax.vmap`; on a CPU one after the other).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from instantid_jax.nn.placement import gathers, keep_all_but_gathered
+from instantid_jax.nn.platform import target_platform
 from instantid_jax.paths import map_paths, stacked_layer
 
 _INPUT = "layer input"
@@ -85,7 +86,13 @@ def map_layers(stacked: nnx.Module, apply: Callable[[Any], Any]) -> Any:
     """``apply(layer)`` for every layer, results stacked along a new first axis."""
     graphdef, state = nnx.split(stacked)
     if (depth := _apart(state)) is None:
-        return jax.vmap(lambda parameters: apply(nnx.merge(graphdef, parameters)))(state)
+
+        def one(parameters: Any) -> Any:
+            return apply(nnx.merge(graphdef, parameters))
+
+        if target_platform() == "cpu":  # which would transpose all kernels to make one product of them, and their gradients back
+            return jax.lax.map(one, state)
+        return jax.vmap(one)(state)
     outputs = [apply(nnx.merge(graphdef, _layer(state, i))) for i in range(depth)]
     return jax.tree.map(lambda *rows: jnp.stack(rows), *outputs)
 

@@ -13,7 +13,7 @@ from jax import Array
 from instantid_jax.paths import Tree
 from instantid_jax.training.config import TrainConfig
 from instantid_jax.training.objectives import Objective, PerSample, draw, per_sample
-from instantid_jax.training.optim import ema_decay, learning_rate
+from instantid_jax.training.optim import ema_decay, finished, keep, learning_rate
 from instantid_jax.training.state import TrainState, merge
 
 __all__ = ["Metrics", "make_evaluation", "make_step"]
@@ -41,7 +41,7 @@ class Metrics(NamedTuple):
 Step = Callable[[TrainState, Tree, Mapping[str, Array], Array], tuple[TrainState, Metrics]]
 
 
-def make_step(objective: Objective, config: TrainConfig, optimizer: optax.GradientTransformation) -> Step:
+def make_step(objective: Objective, config: TrainConfig, optimizer: optax.GradientTransformationExtraArgs) -> Step:
     """``step(state, frozen, batch, limit) -> state, metrics``, to be jitted with the state donated.
 
     A loss above `limit` (a traced scalar, infinity for none), or anything not finite, leaves parameters, optimizer and
@@ -55,23 +55,13 @@ def make_step(objective: Objective, config: TrainConfig, optimizer: optax.Gradie
         value, rows, grads = gradient(state.parameters, frozen, batch, draws)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(value) & jnp.isfinite(norm) & (value <= limit)
-        updates, moments = optimizer.update(grads, state.optimizer, state.parameters)
-        parameters = optax.apply_updates(state.parameters, updates)
+        updates, moments = optimizer.update(grads, state.optimizer, state.parameters, good=good)
+        parameters = keep(good, optax.apply_updates(state.parameters, updates), state.parameters)
         ema = state.ema
         if config.optimizer.ema is not None:
-            decay = ema_decay(config.optimizer.ema, state.updates)
-            ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, parameters)
-
-        def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
-
-        fresh = TrainState(
-            state.step + 1,
-            state.updates + good.astype(jnp.int32),
-            keep(parameters, state.parameters),
-            keep(moments, state.optimizer),
-            keep(ema, state.ema),
-        )
+            decay, parameters = ema_decay(config.optimizer.ema, state.updates), finished(parameters)
+            ema = keep(good, jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, parameters), ema)
+        fresh = TrainState(state.step + 1, state.updates + good.astype(jnp.int32), parameters, moments, ema)
         buckets = jax.nn.one_hot((rows.time * config.log.bucket_count).astype(jnp.int32), config.log.bucket_count)
         told = Metrics(
             value, jnp.mean(rows.plain), norm, jnp.asarray(rate(state.updates)), good, rows.plain @ buckets, jnp.sum(buckets, 0), rows.loss

@@ -144,3 +144,27 @@ def test_a_warm_up_longer_than_the_run_is_refused():
 def test_the_average_s_memory_grows_to_its_limit():
     counts = jnp.array([0, 9, 90, 10**6])
     np.testing.assert_allclose([ema_decay(0.99, n) for n in counts], [0.1, 10 / 19, 0.91, 0.99], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "prodigy"])
+def test_an_update_that_is_not_good_leaves_the_state(name):
+    optimizer = of(name=name)
+    weights = jax.tree.map(jnp.asarray, TREE)
+    _, state = optimizer.update(GRADIENTS[0], optimizer.init(weights), weights)
+    broken = jax.tree.map(lambda x: np.full_like(x, np.nan), TREE)
+    _, after = optimizer.update(broken, state, weights, good=jnp.bool_(False))
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_adamw_s_update_needs_no_memory_of_the_weights_size():
+    """On a CPU too, whose compiler would copy the old moments (2.5 times the weights here)."""
+    optimizer, side = of(clip_norm=1.0), 512
+    weights = {"kernel": jax.ShapeDtypeStruct((side, side), jnp.float32)}
+
+    def step(weights, state, gradient):
+        updates, state = optimizer.update(gradient, state, weights, good=jnp.isfinite(optax.tree.norm(gradient)))
+        return optax.apply_updates(weights, updates), state
+
+    state = jax.eval_shape(optimizer.init, weights)
+    plan = jax.jit(step, donate_argnums=(0, 1)).lower(weights, state, weights).compile().memory_analysis()
+    assert plan.temp_size_in_bytes < 4 * side * side / 8
