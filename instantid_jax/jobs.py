@@ -28,7 +28,7 @@ from instantid_jax.face import AnalyzerError, FaceError, Identity, load_analyzer
 from instantid_jax.job_file import Picture, in_fields, read_jobs
 from instantid_jax.ledger import Ledger, read_rows, replace_text, summary
 from instantid_jax.lora import Lora
-from instantid_jax.options import check_folder
+from instantid_jax.options import OptionError, check_folder
 from instantid_jax.output import file_digest, read_settings, run_settings, save_picture, suffix_of, weights_digest
 from instantid_jax.parallel.distributed import agreed, flag_raised, is_main, join, raise_flag, stacked, synchronize
 from instantid_jax.pipeline import PipelineError, check_call
@@ -79,11 +79,11 @@ def run_jobs(given: SampleOptions, loras_for: Callable[[ModelConfig], Sequence[L
     if given.distributed:
         join(given.coordinator, given.processes, given.process)
     if given.num_images != 1:
-        raise ValueError("--num-images is not for --jobs; list the seeds in the file")
+        raise OptionError("--num-images is not for --jobs; list the seeds in the file")
     if several := next((name for name in ("people", "view", "blend", "compare") if getattr(given, name)), None):
-        raise ValueError(f"--{several} is not for --jobs, whose pictures show one person in one pose each")
+        raise OptionError(f"--{several} is not for --jobs, whose pictures show one person in one pose each")
     if alone := next((name for name in ("init_image", "refine_face", "keep_face_vector") if getattr(given, name)), None):
-        raise ValueError(f"--{alone.replace('_', '-')} is not for --jobs; run sample.py once for each picture")
+        raise OptionError(f"--{alone.replace('_', '-')} is not for --jobs; run sample.py once for each picture")
     check_files([given.jobs])
     check_folder(given.out)
     config = model_config(given)

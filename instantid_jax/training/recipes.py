@@ -32,6 +32,8 @@ def load_recipe(path: str | None, **arguments: Any) -> TrainConfig:
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"there is no recipe {path}{did_you_mean(path, _recipes())}; there are {_known()}")
+    if file.suffix != ".py":
+        raise ConfigError(f"{path} is no recipe, which is a Python file; there are {_known()}")
     config = _run(file, lambda: runpy.run_path(str(file))).get("config")
     if not callable(config):
         raise ConfigError(f"{path} is no recipe: it defines no function config()")

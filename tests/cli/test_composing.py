@@ -47,7 +47,7 @@ def test_commands_draw(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("[[person]]\nface = 'gray.png'\nbox = [0, 0, 1, 1]", "", 1, "person 1: "),
         ("", "--face gray.png", 2, "leave out --face"),
         ("", "--control-mask gray.png", 2, "leave out --control-mask"),
-        ("", "--jobs jobs.jsonl", 1, "--people is not for --jobs"),
+        ("", "--jobs jobs.jsonl", 2, "--people is not for --jobs"),
         ("pose = 'gray.png'\n[[person]]\nface = 'gray.png'", "", 1, "gray.png: no face found"),
     ],
 )

@@ -64,7 +64,7 @@ def test_commands_draw(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
             2,
             "the second pass of --refine-face: --ip-adapter-scale the list has 2",
         ),
-        ("--jobs jobs.jsonl --init-image gray.png", 1, "--init-image is not for --jobs"),
+        ("--jobs jobs.jsonl --init-image gray.png", 2, "--init-image is not for --jobs"),
         (f"--face {PERSON} --init-image nowhere.png", 1, "nowhere.png: there is no such file"),
         (f"--face {PERSON} --init-image gray.png", 1, "gray.png: no face found"),
     ],

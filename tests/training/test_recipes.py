@@ -67,6 +67,8 @@ def test_names(stages):
         load_recipe(None)
     with pytest.raises(ConfigError, match=r"there is no recipe configs/portrait.py; did you mean 'configs/portraits.py'\?; there are"):
         load_recipe("configs/portrait.py")
+    with pytest.raises(ConfigError, match=r"README.md is no recipe, which is a Python file; there are configs/"):
+        load_recipe(str(ROOT / "README.md"))
 
 
 @pytest.mark.parametrize(
