@@ -60,8 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: print(f"sample.py: {in_options(str(message))}", file=sys.stderr)
     try:
         if options.aot is not None:
-            print(_plan_table(options))
-            return 0
+            return _plan(options)
+        if options.aot_json is not None:
+            raise OptionError("--aot-json goes with --aot")
         if options.replay is not None:
             print("\n".join(map(str, run_again(options.replay, given))), flush=True)
             return 0
@@ -172,11 +173,11 @@ def run(given: SampleOptions, replay: Replay | None = None) -> list[Path]:
     return save()
 
 
-def _plan_table(s: SampleOptions) -> str:
-    """What sampling would need on the TPUs of `SampleOptions.aot`: of the weights' model, or of SDXL; nothing is read but its configuration."""
+def _plan(s: SampleOptions) -> int:
+    """Tells what sampling would need on the TPUs of `SampleOptions.aot`: of the weights' model, or of SDXL; only its configuration is read."""
     from instantid_jax.parallel.aot import Plan, tell  # only a plan needs it
 
-    plans = ("aot", "weights", "dtype", "num_images", "steps", "height", "width")
+    plans = ("aot", "aot_json", "weights", "dtype", "weights_dtype", "num_images", "steps", "height", "width")
     changed = (f.name for f in dataclasses.fields(s) if getattr(s, f.name) != getattr(SampleOptions, f.name))
     if other := next((name for name in changed if name not in (*plans, "out")), None):
         listed = ", ".join(f"--{name.replace('_', '-')}" for name in plans[1:])
@@ -185,7 +186,9 @@ def _plan_table(s: SampleOptions) -> str:
     side = config.unet.sample_size * config.vae.downscale
     size = s.height or s.width or side, s.width or s.height or side
     batch = s.num_images if s.num_images > 1 else None  # one a chip
-    return tell(Plan(s.aot or "", "sample", config, ComputeConfig(dtype=s.dtype), batch=batch, steps=s.steps or 30, size=size))
+    int8 = s.weights_dtype is not None
+    plan = Plan(s.aot or "", "sample", config, ComputeConfig(dtype=s.dtype), batch=batch, steps=s.steps or 30, size=size, int8=int8)
+    return tell(plan, s.aot_json)
 
 
 if __name__ == "__main__":

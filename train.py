@@ -40,7 +40,9 @@ class Command:
     dry_run: bool = False
     """Compile the step, print memory and FLOPs, train nothing."""
     aot: str | None = None
-    """Compile the step for TPUs that are not at hand, as v5e:4x4, tell memory, FLOPs and collectives, train nothing."""
+    """Compile the step for TPUs that are not at hand, as v5e:4x4, tell memory, FLOPs and collectives, train nothing. Status 4: it does not fit."""
+    aot_json: Path | None = None
+    """File for the figures of --aot."""
     explain_sharding: bool = False
     """Print path, shape, partition and bytes a device of every weight, and stop."""
     resume_step: int | None = None
@@ -92,8 +94,9 @@ def run(command: Command) -> int:
     if command.aot is not None:
         from instantid_jax.parallel.aot import recipe_plan, tell  # only a plan needs it
 
-        print(tell(recipe_plan(command.aot, command.recipe)))
-        return 0
+        return tell(recipe_plan(command.aot, command.recipe), command.aot_json)
+    if command.aot_json is not None:
+        raise OptionError("--aot-json goes with --aot")
     if command.dry_run:
         print(dry_run(command.recipe))
         return 0

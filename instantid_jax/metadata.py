@@ -212,7 +212,7 @@ def _of_hint(hint: Any) -> Check:
 
 _NOT_STORED = ("num_images", "style_file", "wildcards", "prompt_file", "people", "face", "blend", "pose", "control_image", "control_mask")
 _NOT_STORED += ("control_model", "init_image", "mask_image")
-_NOT_STORED += ("out", "jobs", "replay", "allow_changed_files", "aot", "distributed", "coordinator", "processes", "process")
+_NOT_STORED += ("out", "jobs", "replay", "allow_changed_files", "aot", "aot_json", "distributed", "coordinator", "processes", "process")
 _SCHEMA: dict[str, Check] = {
     **{name: _of_hint(hint) for name, hint in typing.get_type_hints(SampleOptions).items() if name not in _NOT_STORED},
     "seed": _is(int, f"a whole number from 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32),

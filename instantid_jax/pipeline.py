@@ -86,7 +86,7 @@ class InstantIDPipeline:
         # SDXL's autoencoder overflows in float16, which is what `force_upcast` says.
         vae_dtype = "float32" if config.vae.force_upcast and compute.dtype == "float16" else compute.dtype
         self.config, self.parameters, self.tokenizers = config, parameters, tokenizers
-        self.networks = _with_int8(build_networks(config, compute, dataclasses.replace(compute, dtype=vae_dtype)), int8)
+        self.networks = build_networks(config, compute, dataclasses.replace(compute, dtype=vae_dtype), int8=int8)
         self.controlnets = tuple(controlnets)
         self.ip_adapter_scale = 0.5
         places = {leaf.sharding for leaf in jax.tree.leaves(parameters) if isinstance(leaf, jax.Array)}
@@ -128,7 +128,7 @@ class InstantIDPipeline:
         int8 = weights_dtype == "int8"
         config, folders = read_config(directory), [Path(folder) for folder in controlnets]
         extra = [Network(IdentityNet, read_controlnet_config(folder), compute, int8) for folder in folders]
-        networks = _with_int8(build_networks(config, compute), int8)
+        networks = build_networks(config, compute, int8=int8)
         merged = list(loras), check_scales(loras, lora_scales)
         parameters = {name: _load(directory / name, networks[name], name, dtype, mesh, *merged) for name in NETWORKS}
         loaded = [(n, _load(folder / "controlnet", n, "controlnet", dtype, mesh)) for n, folder in zip(extra, folders, strict=True)]
@@ -541,11 +541,6 @@ def report_truncation(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
         if cut:
             message = f"the prompt has more than {tokenizer.length} tokens; left out: {cut!r}. prompt_weighting=True reads prompts of any length"
             warnings.warn(message, TokenizerWarning, stacklevel=4)
-
-
-def _with_int8(networks: dict[str, Network], int8: bool) -> dict[str, Network]:
-    """The networks that run in every step hold their kernels in 8 bits, if so asked."""
-    return networks | {name: dataclasses.replace(networks[name], int8=int8) for name in ("unet", "identitynet")}
 
 
 def _load(

@@ -40,7 +40,7 @@ _SMALL: dict[str, Any] = {
 }
 
 
-RUN_OPTIONS = ("out", "jobs", "replay", "allow_changed_files", "aot", "distributed", "coordinator", "processes", "process")
+RUN_OPTIONS = ("out", "jobs", "replay", "allow_changed_files", "aot", "aot_json", "distributed", "coordinator", "processes", "process")
 """Options that say where and how, and decide nothing of a picture."""
 _EDITING = ("init_image", "strength", "mask_image", "mask_blur", "keep_unmasked", "sample_mode")
 _REFINING = ("refine_face", "refine_strength", "refine_margin", "refine_feather")
@@ -137,6 +137,7 @@ class SampleOptions:
     allow_changed_files: bool = False  # With --replay: draw also where photos or weights are not those that the picture was made with.
     jobs: Path | None = None  # Many pictures: a JSONL file of faces, prompts, seeds and settings (docs/jobs.md). The other options are its defaults.
     aot: str | None = None  # Draw nothing: compile SDXL (or the model of --weights) for TPUs that are not at hand, as v5e:1x1: memory, FLOPs.
+    aot_json: Path | None = None  # File for the figures of --aot.
     distributed: bool = False  # With --jobs: share it with other processes, found as train.py finds them, or by the three below.
     coordinator: str | None = None  # Address "host:port" of process 0.
     processes: int | None = None  # How many processes there are.

@@ -37,7 +37,7 @@ def test_people_prompts_and_seeds(tmp_path):
 def test_every_option_of_a_picture_is_a_field():
     loras = {"lora", "lora_scale", "allow_unknown_lora_keys"}
     assert set(COMMON) == {"weights", "weights_dtype", *loras, "controlnet", "analyzer", "analyzer_root", "dtype"}
-    assert {*RUN_OPTIONS} == {"out", "jobs", "replay", "allow_changed_files", "aot", "distributed", "coordinator", "processes", "process"}
+    assert {*RUN_OPTIONS} == {"out", "jobs", "replay", "allow_changed_files", "aot", "aot_json", "distributed", "coordinator", "processes", "process"}
     editing = {"init_image", "strength", "mask_image", "mask_blur", "keep_unmasked", "sample_mode"}
     refining = {"refine_face", "refine_strength", "refine_margin", "refine_feather"}
     several = {"people", "view", "blend", "blend_steps", "blend_how", "compare"}

@@ -144,12 +144,17 @@ def _list_keys(tree: Mapping[str, Any]) -> dict[Any, Any]:
     return {int(k) if k.isdecimal() else k: _list_keys(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
 
 
-def build_networks(config: ModelConfig, compute: ComputeConfig | None = None, vae_compute: ComputeConfig | None = None) -> dict[str, Network]:
-    """All seven networks of a model by name: the frozen base and the three that InstantID trains."""
+def build_networks(
+    config: ModelConfig, compute: ComputeConfig | None = None, vae_compute: ComputeConfig | None = None, *, int8: bool = False
+) -> dict[str, Network]:
+    """All seven networks of a model by name: the frozen base and the three that InstantID trains.
+
+    With `int8` the two that run in every step of sampling hold their kernels in 8 bits.
+    """
     compute = compute or ComputeConfig()
     return {
-        "unet": Network(UNet, config.unet, compute),
-        "identitynet": Network(IdentityNet, config.identitynet, compute),
+        "unet": Network(UNet, config.unet, compute, int8),
+        "identitynet": Network(IdentityNet, config.identitynet, compute, int8),
         "adapter": Network(Adapter, config.unet, compute),
         "resampler": Network(make_projector, config.resampler, compute),
         "vae": Network(Autoencoder, config.vae, vae_compute or compute),

@@ -64,6 +64,8 @@ class Plan:
     """Denoising steps."""
     size: tuple[int, int] = (1024, 1024)
     """Height and width in pixels, of sampling."""
+    int8: bool = False
+    """Sampling: kernels of UNet and IdentityNet in 8 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,13 +122,14 @@ def analyze(stage: Stage, chip: Chip, slices: int, mesh: jax.sharding.Mesh) -> t
     memory: Any = compiled.memory_analysis()
     work = hlo.costs(hlo.parse(compiled.as_text()), devices // slices if slices > 1 else None)
     own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    peak = own + memory.generated_code_size_in_bytes + stage.resident
     report = StageReport(
         name=stage.name,
         hbm_argument_bytes=memory.argument_size_in_bytes,
         hbm_temporary_bytes=memory.temp_size_in_bytes,
         hbm_output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         hbm_resident_bytes=stage.resident,
-        hbm_peak_bytes=own + memory.generated_code_size_in_bytes + stage.resident,
+        hbm_peak_bytes=peak,
         flops=work.flops + inside,
         kernel_flops=inside,
         flops_minimum=minimum,
@@ -140,7 +143,7 @@ def analyze(stage: Stage, chip: Chip, slices: int, mesh: jax.sharding.Mesh) -> t
         crossing_bytes=work.crossing,
         compile_seconds=seconds,
         compile_cpu_seconds=busy,
-        fits=own + stage.resident <= chip.hbm_bytes // chip.devices,
+        fits=peak <= chip.hbm_bytes // chip.devices,
     )
     return report, compiled
 
@@ -176,7 +179,7 @@ def stages(plan: Plan, mesh: jax.sharding.Mesh, chips: int) -> list[Stage]:
         loader = dataclasses.replace(plan.recipe.loader, global_batch=plan.batch or chips)
         return programs.train_stages(dataclasses.replace(plan.recipe, compute=plan.compute, loader=loader), mesh)
     if plan.program == "sample":
-        return programs.sample_stages(plan.model, plan.compute, mesh, plan.batch or chips, plan.size, plan.steps)
+        return programs.sample_stages(plan.model, plan.compute, mesh, plan.batch or chips, plan.size, plan.steps, int8=plan.int8)
     return programs.unet_stages(plan.model, plan.compute, mesh, plan.batch or 2 * chips, plan.size)
 
 
@@ -187,6 +190,8 @@ def make_plan_mesh(plan: Plan) -> tuple[Chip, jax.sharding.Mesh]:
             raise TopologyError(f"--{name} must be at least 1, not {value}")
     if plan.program != "train" and any(side < 1 or side % plan.model.vae.downscale for side in plan.size):
         raise TopologyError(f"height and width must be multiples of {plan.model.vae.downscale}, not {plan.size[0]} and {plan.size[1]}")
+    if plan.int8 and plan.program != "sample":
+        raise TopologyError(f"--weights-dtype int8 is for the program sample, not for {plan.program}")
     _, _, slices = parse_topology(plan.topology)
     chip, devices = topology_devices(plan.topology)
     axes = {name: getattr(plan, name) for name in ("data", "fsdp", "tensor") if getattr(plan, name) is not None}
@@ -247,7 +252,7 @@ def summary(plan: Plan, chip: Chip, mesh: jax.sharding.Mesh, reports: list[Stage
         "jax": jax.__version__,
         "hbm_peak_bytes": peak,
         "hbm_limit_bytes": limit,
-        "fits": peak <= limit and all(r.fits for r in reports),
+        "fits": all(r.fits for r in reports),
         "flops": flops,
         "flops_minimum": sum(r.flops_minimum for r in reports),
         "hbm_bytes_accessed": moved,
@@ -323,9 +328,18 @@ def recipe_plan(topology: str, recipe: TrainConfig) -> Plan:
     return Plan(topology, "train", recipe.model, recipe.compute, recipe, data, fsdp, tensor, recipe.loader.global_batch)
 
 
-def tell(plan: Plan) -> str:
-    """The table of a plan; progress goes to the standard error. Raises TopologyError, ValueError."""
-    return table(compile_plan(plan, lambda line: print(line, file=sys.stderr, flush=True)))
+def tell(plan: Plan, file: Path | None = None, dump: Path | None = None) -> int:
+    """Prints the table of a plan, progress on the standard error, and writes the figures to `file` as JSON.
+
+    Returns the exit status: 0, or 4 where the plan does not fit into the memory. Raises TopologyError, ValueError.
+    """
+    if file is not None and not file.absolute().parent.is_dir():
+        raise TopologyError(f"no figures can be written to {file}: there is no folder {file.absolute().parent}")
+    result = compile_plan(plan, lambda line: print(line, file=sys.stderr, flush=True), dump)
+    print(table(result), flush=True)
+    if file is not None:
+        file.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return 0 if result["fits"] else EXIT_TOO_LARGE
 
 
 @while_read
@@ -343,6 +357,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=1024, help="height and width in pixels, of sampling and unet; training has its recipe's")
     parser.add_argument("--remat", help="compute.remat of the recipe: none, dots, blocks, offload or full")
     parser.add_argument("--dtype", help="compute.dtype of the recipe")
+    parser.add_argument("--weights-dtype", choices=("int8",), help="sampling: hold the kernels of UNet and IdentityNet in 8 bits")
     parser.add_argument("--attention", help="compute.attention of the recipe")
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--dump", type=Path, help="folder for the compiled programs' text")
@@ -350,22 +365,16 @@ def main(arguments: list[str] | None = None) -> int:
     from instantid_jax.training.recipes import load_recipe  # needs the packages of training
 
     try:
-        if given.json is not None and not given.json.absolute().parent.is_dir():
-            raise TopologyError(f"--json {given.json}: there is no folder {given.json.absolute().parent}")
         config = load_recipe(given.config)
         changes = {name: getattr(given, name) for name in ("remat", "attention", "dtype") if getattr(given, name) is not None}
         with wrong_options():
             config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, **changes))
         axes = {name: getattr(given, name) for name in ("data", "fsdp", "tensor", "batch", "steps")}
-        plan = Plan(given.topology, given.program, config.model, config.compute, config, **axes, size=(given.size, given.size))
-        result = compile_plan(plan, lambda line: print(line, file=sys.stderr, flush=True), given.dump)
+        size, int8 = (given.size, given.size), given.weights_dtype is not None
+        return tell(Plan(given.topology, given.program, config.model, config.compute, config, **axes, size=size, int8=int8), given.json, given.dump)
     except (ValueError, OSError) as error:
         print(f"aot: {error}", file=sys.stderr)
         return status_of(error)
-    print(table(result))
-    if given.json is not None:
-        given.json.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return 0 if result["fits"] else EXIT_TOO_LARGE
 
 
 if __name__ == "__main__":

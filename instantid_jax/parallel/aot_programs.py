@@ -21,7 +21,7 @@ from instantid_jax.models.unet import Residuals
 from instantid_jax.parallel.flops import count_flops, minimum_flops
 from instantid_jax.parallel.mesh import batch_sharding
 from instantid_jax.parallel.rules import shardings
-from instantid_jax.paths import flatten
+from instantid_jax.paths import flatten, map_paths
 
 if TYPE_CHECKING:
     from instantid_jax.training.config import TrainConfig
@@ -62,10 +62,14 @@ class Stage(NamedTuple):
 
 
 def _placed(tree: Any, mesh: Mesh, dtype: Any = None) -> Any:
-    def one(x: Any, place: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=place)
+    """The tree's shapes in their places, in `dtype`; kernels of 8 bits and their scales keep their own."""
 
-    return jax.tree.map(one, tree, shardings(tree, mesh))
+    def one(path: str, pair: tuple[Any, Any]) -> jax.ShapeDtypeStruct:
+        x, place = pair
+        own = dtype is None or x.dtype == jnp.int8 or path.endswith("kernel_scale")
+        return jax.ShapeDtypeStruct(x.shape, x.dtype if own else dtype, sharding=place)
+
+    return map_paths(one, jax.tree.map(lambda x, place: (x, place), tree, shardings(tree, mesh)))
 
 
 def _rows(tree: Any, mesh: Mesh, batch: int) -> Any:
@@ -121,9 +125,11 @@ def unet_stages(model: ModelConfig, compute: Any, mesh: Mesh, batch: int, size: 
     return [Stage("unet", jax.jit(forward), (_placed(unet.abstract, mesh, dtype), *given))]
 
 
-def sample_stages(model: ModelConfig, compute: Any, mesh: Mesh, pictures: int, size: tuple[int, int], steps: int) -> list[Stage]:
-    """The programs of a call of the pipeline with guidance, whose weights all stay in memory."""
-    networks = build_networks(model, compute)  # in float16 alone the pipeline keeps the autoencoder in float32
+def sample_stages(
+    model: ModelConfig, compute: Any, mesh: Mesh, pictures: int, size: tuple[int, int], steps: int, *, int8: bool = False
+) -> list[Stage]:
+    """The programs of a call of the pipeline with guidance, whose weights all stay in memory; with `int8` as its `weights_dtype` has them."""
+    networks = build_networks(model, compute, int8=int8)  # in float16 alone the pipeline keeps the autoencoder in float32
     weights = {name: _placed(networks[name].abstract, mesh, jnp.dtype(compute.dtype)) for name in (*FROZEN, *TRAINABLE)}
     h, w = size[0] // model.vae.downscale, size[1] // model.vae.downscale
     batch, tokens, f = 2 * pictures, model.text_encoder.max_position_embeddings, jnp.float32

@@ -1,9 +1,9 @@
 """What a compiled program does, read from its text (`compiled.as_text()`): loops counted as often as they run.
 
 XLA's own cost analysis takes the body of a loop once, and its FLOPs and bytes leave out how often. Here every computation has
-a number of calls: 1 for the entry, times the trip count through a `while`. Only what a TPU's text holds is read: convolutions
-and dots (on TPU every matrix product is a convolution), collectives, the compiler's `"estimated_cycles"` of each operation,
-and custom calls, whose inside (Pallas kernels) the compiler cannot see.
+a number of calls: 1 for the entry, times the trip count through a `while`; of a condition's branches the dearest counts. Only
+what a TPU's text holds is read: convolutions and dots (on TPU every matrix product is a convolution), collectives, the
+compiler's `"estimated_cycles"` of each operation, and custom calls, whose inside (Pallas kernels) the compiler cannot see.
 """
 
 from __future__ import annotations
@@ -204,8 +204,8 @@ def _constant(scope: Computation, name: str, loop: Instruction, outside: Computa
 _COMBINING = ("reduce", "reduce-window", "scatter", "sort", "map", "all-reduce", "reduce-scatter", "select-and-scatter")
 
 
-def calls(program: Program) -> tuple[dict[str, float], set[str]]:
-    """How often each computation runs, and which of them run within a fusion."""
+def calls(program: Program, root: str | None = None) -> tuple[dict[str, float], set[str]]:
+    """How often each computation runs from `root` (the entry), and which of them run within a fusion. Of a condition the dearest branch does."""
     number: dict[str, float] = collections.defaultdict(float)
     fused: set[str] = set()
 
@@ -218,13 +218,37 @@ def calls(program: Program) -> tuple[dict[str, float], set[str]]:
             if instruction.opcode == "while":
                 body = instruction.attribute(r"body=%([\w.\-]+)") or ""
                 visit(body, times * trip_count(program, computation, instruction), inside)
+            elif instruction.opcode == "conditional":
+                visit(max(instruction.called, key=lambda branch: _work(program, branch)), times, inside)
             elif instruction.opcode not in _COMBINING:
                 for called in instruction.called:
                     if called in program.computations:
                         visit(called, times, inside or instruction.opcode == "fusion")
 
-    visit(program.entry, 1.0, False)
+    visit(program.entry if root is None else root, 1.0, False)
     return dict(number), fused
+
+
+def _work(program: Program, root: str) -> tuple[float, float]:
+    """FLOPs and cycles of a computation and all that it calls, by which branches are compared."""
+    number, fused = calls(program, root)
+    flops = cycles = 0.0
+    for name, times in number.items():
+        computation = program.computations[name]
+        for instruction in computation.values():
+            flops += times * _flops(computation, instruction)
+            cycles += 0.0 if name in fused else times * _cycles(instruction)
+    return flops, cycles
+
+
+def _flops(computation: Computation, instruction: Instruction) -> float:
+    if instruction.opcode == "convolution":
+        return convolution_flops(computation, instruction)
+    return _dot_flops(computation, instruction) if instruction.opcode == "dot" else 0.0
+
+
+def _cycles(instruction: Instruction) -> float:
+    return float(instruction.attribute(r'"estimated_cycles":"(\d+)"') or 0)
 
 
 def costs(program: Program, slice_size: int | None = None) -> Costs:
@@ -237,10 +261,7 @@ def costs(program: Program, slice_size: int | None = None) -> Costs:
         computation = program.computations[name]
         repeated = _continues_collective(name, computation)
         for instruction in computation.values():
-            if instruction.opcode == "convolution":
-                flops += times * convolution_flops(computation, instruction)
-            elif instruction.opcode == "dot":
-                flops += times * _dot_flops(computation, instruction)
+            flops += times * _flops(computation, instruction)
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES and not repeated:
                 sent = times * _collective_bytes(computation, instruction, kind)
@@ -250,7 +271,7 @@ def costs(program: Program, slice_size: int | None = None) -> Costs:
                 collectives["reduce-scatter" if scattered else kind] += sent
             if name in fused:
                 continue
-            cycles += times * float(instruction.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+            cycles += times * _cycles(instruction)
             if instruction.opcode == "custom-call":
                 target = instruction.attribute(r'custom_call_target="([^"]+)"') or "unknown"
                 uncounted[target] += times

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -17,12 +18,14 @@ from instantid_jax.training.recipes import load_recipe
 BOUND = 19.938
 """GiB."""
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+scale = importlib.import_module("scale")
 RECORDED = json.loads((ROOT / "docs/scale.json").read_text(encoding="utf-8"))
 
 
 def test_every_recorded_case_has_the_figures_that_are_promised() -> None:
     wanted = {"hbm_peak_bytes", "hbm_limit_bytes", "flops", "flops_minimum", "compile_seconds", "estimated_cycles", "collective_bytes"}
-    assert RECORDED
+    assert RECORDED.keys() == scale.CASES.keys()
     for name, result in RECORDED.items():
         assert wanted <= result.keys(), name
         assert result["fits"] == (result["hbm_peak_bytes"] <= result["hbm_limit_bytes"]) or not result["fits"], name
@@ -52,26 +55,31 @@ def test_wrong_arguments_are_one_sentence(capsys: pytest.CaptureFixture[str]) ->
         (["--topology", "v5e:1x1", "--program", "unet", "--batch", "0"], "--batch must be at least 1, not 0"),
         (["--topology", "v5e:1x1", "--program", "unet", "--tensor", "-1"], "--tensor must be at least 1, not -1"),
         (["--topology", "v5e:1x1", "--program", "sample", "--size", "1020"], "height and width must be multiples of 8, not 1020 and 1020"),
-        (["--topology", "v5e:1x1", "--program", "unet", "--json", "nowhere/x.json"], "--json nowhere/x.json: there is no folder"),
+        (
+            ["--topology", "v5e:1x1", "--program", "unet", "--json", "nowhere/x.json"],
+            "no figures can be written to nowhere/x.json: there is no folder",
+        ),
     ):
         assert aot.main(arguments) != 0
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
 
 
-def test_small_program_has_not_drifted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["small_unet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("small_sample", "small_train"))])
+def test_small_programs_have_not_drifted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("libtpu")
-    recorded = RECORDED["small_unet"]
+    recorded, case = RECORDED[name], scale.CASES[name]
     versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
-    if versions != {name: recorded[name] for name in versions}:
-        pytest.skip(f"recorded with another compiler; make it anew: python benchmarks/scale.py --only small_unet (now {versions})")
+    if versions != {key: recorded[key] for key in versions}:
+        pytest.skip(f"recorded with another compiler; make it anew: python benchmarks/scale.py --only {name} (now {versions})")
     monkeypatch.chdir(ROOT)
     file = tmp_path / "result.json"
-    options = ["--size", "64", "--dtype", "bfloat16", "--config", "configs/portraits_quick.py", "--json", str(file)]
-    assert aot.main(["--topology", "v5e:1x1", "--program", "unet", *options]) == 0
+    options = ["--config", case.config, *case.options, "--json", str(file)]
+    assert aot.main(["--topology", case.topology, "--program", case.program, *options]) == 0
     now = json.loads(file.read_text())
-    for name in ("hbm_peak_bytes", "flops", "flops_minimum"):
-        assert now[name] == pytest.approx(recorded[name], rel=0.02), name
+    for figure in ("hbm_peak_bytes", "flops", "flops_minimum"):
+        assert now[figure] == pytest.approx(recorded[figure], rel=0.02), figure
+    assert sum(now["collective_bytes"].values()) == pytest.approx(sum(recorded["collective_bytes"].values()), rel=0.02)
     table = capsys.readouterr().out
     assert "HBM: peak" in table and "roofline" in table
 
@@ -85,9 +93,21 @@ def test_the_command_lines_name_a_wrong_topology(program: str, monkeypatch: pyte
     assert capsys.readouterr().err.startswith(f"{name}: 'v9:1x1' is no topology known here")
 
 
+@pytest.mark.parametrize("program", ["train.py --config configs/portraits_quick.py", "sample.py"])
+def test_the_command_lines_refuse_a_file_for_figures_without_a_plan(
+    program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    name, *options = program.split()
+    main = importlib.import_module(name.removesuffix(".py")).main
+    assert main([*options, "--aot-json", "figures.json"]) == 2
+    assert capsys.readouterr().err == f"{name}: --aot-json goes with --aot\n"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--program", "unet", "--weights-dtype", "int8"], "--weights-dtype int8 is for the program sample, not for unet"),
         (["--program", "unet", "--batch", "3"], "--batch 3 cannot be spread over data 4 x fsdp 1; give a multiple of 4"),
         (["--program", "train", "--tensor", "8"], "v5e:2x2 has 4 devices, which tensor 8 does not divide; set --data, --fsdp and --tensor to match"),
         (["--program", "sample", "--data", "3"], "v5e:2x2 has 4 devices, which data 3 x tensor 1 does not divide"),

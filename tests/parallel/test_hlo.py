@@ -71,6 +71,37 @@ def test_collectives_by_kind_and_those_between_slices() -> None:
     assert costs(parse(LOOP)).crossing == 0
 
 
+BRANCHES = """HloModule jit_g, is_scheduled=true
+
+%cheap (a.1: bf16[4,8]) -> bf16[4,8] {
+  %a.1 = bf16[4,8]{1,0} parameter(0)
+  ROOT %copy.1 = bf16[4,8]{1,0} copy(%a.1), backend_config={"estimated_cycles":"900"}
+}
+
+%dear (a.2: bf16[4,8]) -> bf16[4,8] {
+  %a.2 = bf16[4,8]{1,0} parameter(0)
+  %w.2 = bf16[8,8]{1,0} constant({...})
+  ROOT %dot.2 = bf16[4,8]{1,0} dot(%a.2, %w.2), lhs_contracting_dims={1}, rhs_contracting_dims={0}, backend_config={"estimated_cycles":"30"}
+}
+
+ENTRY %main (a: bf16[4,8], p: s32[]) -> bf16[4,8] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  %p = s32[] parameter(1)
+  ROOT %chosen = bf16[4,8]{1,0} conditional(%p, %a, %a), branch_computations={%cheap, %dear}
+}
+"""
+
+
+def test_of_a_condition_the_branch_with_more_products_counts() -> None:
+    found = costs(parse(BRANCHES))
+    assert found.flops == 2 * 4 * 8 * 8
+    assert found.cycles == 30
+    swapped = BRANCHES.replace("{%cheap, %dear}", "{%dear, %cheap}")
+    assert costs(parse(swapped)) == found
+    without = BRANCHES.replace(" dot(", " add(")  # with no products the cycles decide
+    assert costs(parse(without)).cycles == 900
+
+
 def test_bytes_are_those_of_hbm_alone() -> None:
     loop = 7 * ((4 * 8 + 8 * 16) * 2 + 4 * 8 * 2)  # the product's operands, the kernel's result; the product's result lies in scratch memory
     rest = (16 * 4 + 4 * 4) * 4 + (2 * 4 + 16 * 4) * 4 + 2 * (2 * 4) * 4
