@@ -37,8 +37,11 @@ class Case:
 
 CASES: dict[str, Case] = {
     "small_unet": Case("v5e:1x1", "unet", ("--size", "64", "--dtype", "bfloat16"), "configs/portraits_quick.py"),
+    "small_sample": Case("v5e:1x1", "sample", ("--size", "64", "--dtype", "bfloat16"), "configs/portraits_quick.py"),
+    "small_train": Case("v5e:2x2", "train", ("--dtype", "bfloat16"), "configs/portraits_quick.py"),
     "unet_v5e_1": Case("v5e:1x1", "unet"),
     "sample_v5e_1": Case("v5e:1x1", "sample"),
+    "sample_v5e_1_int8": Case("v5e:1x1", "sample", ("--weights-dtype", "int8")),
     "sample_v5e_16": Case("v5e:4x4", "sample"),
     "sample_v6e_16": Case("v6e:4x4", "sample"),
     "train_v5e_4": Case("v5e:2x2", "train", ("--remat", "full")),
