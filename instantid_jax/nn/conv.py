@@ -15,6 +15,7 @@ _MATMUL_PIXELS = 128 * 128  # up to here three matrix products take a TPU fewer 
 _MATMUL_CHANNELS = 256  # below this the taps fill no multiplier
 _CPU_PIXELS = 16 * 16  # up to here a CPU is faster with one matrix product (1280 channels, forward: 1.5 times; 8 x 8, with gradient: 3 times)
 
+_SAME_PIXEL = (((0,), (1, 2)), ((0, 1), (2,)))  # of even and odd rows of a doubled picture: which taps fall on the first, on the second pixel
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 Padding = tuple[tuple[int, int], tuple[int, int]]
 _lecun = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -108,15 +109,13 @@ def conv3x3_of_doubled(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c c
     """
     b, h, w, _ = x.shape
 
-    def both(kernel: Array, axis: int) -> tuple[tuple[Array, tuple[int, int]], tuple[Array, tuple[int, int]]]:
-        before, here, after = (jax.lax.index_in_dim(kernel, i, axis) for i in range(3))
-        return (jnp.concatenate([before, here + after], axis), (1, 0)), (jnp.concatenate([before + here, after], axis), (0, 1))
+    def phase(row: int, column: int) -> Array:
+        taps = [sum(kernel[i, j] for i in rows for j in columns) for rows in _SAME_PIXEL[row] for columns in _SAME_PIXEL[column]]
+        together = jnp.stack(jax.lax.optimization_barrier(taps))  # XLA for CPU is slow to add within a larger array
+        padding = (1 - row, row), (1 - column, column)
+        return jax.lax.conv_general_dilated(x, together.reshape(2, 2, *kernel.shape[2:]), (1, 1), padding, dimension_numbers=_DIMENSIONS)
 
-    def row(kernel: Array, padding: tuple[int, int]) -> Array:
-        halves = [jax.lax.conv_general_dilated(x, k, (1, 1), (padding, sides), dimension_numbers=_DIMENSIONS) for k, sides in both(kernel, 1)]
-        return jnp.stack(halves, axis=3)
-
-    return jnp.stack([row(k, padding) for k, padding in both(kernel, 0)], axis=2).reshape(b, 2 * h, 2 * w, -1)
+    return jnp.stack([jnp.stack([phase(row, column) for column in (0, 1)], axis=3) for row in (0, 1)], axis=2).reshape(b, 2 * h, 2 * w, -1)
 
 
 def inside_the_loop(kernel: Array, x: Array) -> tuple[Array, Array]:
