@@ -107,9 +107,10 @@ def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformationExtra
     plain = optax.scale_by_adam(config.b1, config.b2, config.eps)
 
     def update(gradients: Any, state: Any, parameters: Any = None, *, good: Any = True, **_: Any) -> Any:
-        _, new = plain.update(gradients, state, parameters)
+        new = plain.update(gradients, state, parameters)[1]
         after: Any = finished(keep(good, new, state))
-        mean, variance = (optax.tree.bias_correction(m, b, after.count) for m, b in ((after.mu, config.b1), (after.nu, config.b2)))
+        mean: Any = optax.tree.bias_correction(after.mu, config.b1, after.count)
+        variance = optax.tree.bias_correction(after.nu, config.b2, after.count)
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + config.eps), mean, variance), after
 
     return optax.GradientTransformationExtraArgs(plain.init, cast(Any, update))
