@@ -114,9 +114,10 @@ def on_each_device(attention: Callable[[Array, Array, Array], Array], q: Array, 
         return attention(q, k, v)
     batch, rest = [], q.shape[0]
     for axis in ("data", "fsdp"):
-        if rest % mesh.shape.get(axis, 1) == 0:
+        count = mesh.shape.get(axis, 1)
+        if count > 1 and rest % count == 0:
             batch.append(axis)
-            rest //= mesh.shape.get(axis, 1)
+            rest //= count
     heads = "tensor" if q.shape[2] % mesh.shape.get("tensor", 1) == 0 else None
     spec = PartitionSpec(tuple(batch), None, heads, None)
     return jax.shard_map(attention, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)

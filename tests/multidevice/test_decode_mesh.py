@@ -17,11 +17,13 @@ from instantid_jax.models.tiling import Tiling
 from instantid_jax.parallel import hlo
 from instantid_jax.parallel.mesh import batch_sharding, make_mesh
 
-vae, mesh = build_networks(portraits())["vae"], make_mesh(data=4, fsdp=2)
+vae = build_networks(portraits())["vae"]
 weights = vae.init(jax.random.key(0))
-latents = jax.random.normal(jax.random.key(1), (16, 16, 16, vae.config.latent_channels))
+latents = jax.random.normal(jax.random.key(1), (16, 20, 20, vae.config.latent_channels))  # tokens enough for attention by blocks
 told = {}
-for name, tiling in (("whole", None), ("tiled", Tiling("even", 64))):
+for name, tiling, mesh in (
+    ("whole", None, make_mesh(data=4, fsdp=2)), ("tiled", Tiling("even", 64), make_mesh(data=4, fsdp=2)), ("over one axis", None, make_mesh(data=8))
+):
     single = hlo.costs(hlo.parse(decode.lower(vae, weights, latents[:1], tiling).compile().as_text()))
     with jax.set_mesh(mesh):
         rows = jax.device_put(latents, batch_sharding(mesh))

@@ -25,7 +25,10 @@ RECORDED = json.loads((ROOT / "docs/scale.json").read_text(encoding="utf-8"))
 
 def test_every_recorded_case_has_the_figures_that_are_promised() -> None:
     wanted = {"hbm_peak_bytes", "hbm_limit_bytes", "flops", "flops_minimum", "compile_seconds", "estimated_cycles", "collective_bytes"}
-    assert RECORDED.keys() == scale.CASES.keys()
+    assert set(scale.CASES) >= RECORDED.keys() >= {name for name in scale.CASES if name.startswith("small_")}
+    recorded = {(scale.CASES[name].program, scale.CASES[name].topology) for name in RECORDED}
+    assert {("sample", "v5e:1x1"), ("sample", "v5e:4x4")} <= recorded
+    assert {("train", topology) for topology in ("v5e:2x2", "v5e:4x4", "v5e:16x16", "v6e:4x4", "v5p:2x2x2")} <= recorded
     for name, result in RECORDED.items():
         assert wanted <= result.keys(), name
         assert result["fits"] == (result["hbm_peak_bytes"] <= result["hbm_limit_bytes"]) or not result["fits"], name
