@@ -233,7 +233,7 @@ def test_every_option_reaches_the_call(stub: Stub, tmp_path: Path) -> None:
         ("--face README.md --view turned", 2, "a view is written as yaw=30,pitch=-10"),
         ("--view yaw=10", 2, "--view needs a person to draw"),
         ("--face README.md --view yaw=10 --pose README.md", 2, "leave out --pose"),
-        ("--aot v5e:1x1 --weights-dtype int8", 2, "--weights-dtype takes no part in --aot, which plans with --weights, --dtype"),
+        ("--aot v5e:1x1 --seed 3", 2, "--seed takes no part in --aot, which plans with --aot-json, --weights, --dtype"),
         ("--aot v5e:1x1 --jobs docs/jobs.jsonl", 2, "--jobs takes no part in --aot"),
         ("--face README.md --blend-steps 7", 2, "--blend-steps goes with --blend"),
         ("--face README.md --view yaw=10 yaw=10", 2, "--view yaw=10 is asked for twice"),
