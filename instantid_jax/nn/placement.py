@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
@@ -66,7 +65,8 @@ def kernel_spec(shape: tuple[int, ...], tensor_axis: int | None, mesh: Mesh | Ab
 
 def gathers() -> bool:
     """Whether weights are split over `fsdp` where this is traced."""
-    return jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape.get("fsdp", 1) > 1 and not mesh.are_all_axes_manual
 
 
 def whole(kernel: Array, dtype: Any, tensor_axis: int | None = None) -> Array:
@@ -97,11 +97,16 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 def by_rows(x: Array) -> Array:
     """`x` [b, ...], and its gradient, split over `data` and `fsdp` along the first axis where that divides evenly."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    shards = shape.get("data", 1) * shape.get("fsdp", 1)
-    if shards == 1 or x.shape[0] % shards:
+    if not _shared(x):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp")))
+
+
+def _shared(x: Array) -> bool:
+    """Whether several devices share the rows of `x` [b, ...]: their number divides evenly, and nobody has cut it already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+    return shards > 1 and x.shape[0] % shards == 0 and not mesh.are_all_axes_manual
 
 
 def on_each_device(attention: Callable[[Array, Array, Array], Array], q: Array, k: Array, v: Array) -> Array:
@@ -126,17 +131,17 @@ def on_each_device(attention: Callable[[Array, Array, Array], Array], q: Array, 
 def map_rows(function: Callable[[Array], Array], x: Array) -> Array:
     """``function(row)`` of every row of `x` [b, ...], stacked: one after the other, by every device of the mesh on its own rows.
 
-    A loop over rows that lie on several devices would have each device go through all of them.
+    A loop over rows that lie on several devices would have each device go through all of them. Weights that are split are gathered
+    before the loop, all at once: for networks that are small beside what they compute.
     """
-    shape = jax.sharding.get_abstract_mesh().shape
-    shards = shape.get("data", 1) * shape.get("fsdp", 1)
-    if shards == 1 or x.shape[0] % shards:
-        return jax.lax.map(function, x)
-    rows = ("data", "fsdp")
-    turns = jnp.swapaxes(x.reshape(shards, -1, *x.shape[1:]), 0, 1)  # each has one row of every device
-    turns = jax.lax.with_sharding_constraint(turns, PartitionSpec(None, rows))
-    done = jnp.swapaxes(jax.lax.map(jax.vmap(function, spmd_axis_name=rows), turns), 0, 1)
-    return done.reshape(x.shape[0], *done.shape[2:])
+
+    def in_turn(rows: Array) -> Array:
+        return jax.lax.map(function, rows)
+
+    if not _shared(x):
+        return in_turn(x)
+    spec = PartitionSpec(("data", "fsdp"))
+    return jax.shard_map(in_turn, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
 def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
