@@ -417,9 +417,9 @@ class InstantIDPipeline:
         if self.mesh is None:
             return inputs
         count, conditions = len(inputs.seeds), inputs.conditions
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        rows = batch_sharding(self.mesh) if count % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0 else whole
-        places = jax.tree.map(lambda _: whole, inputs)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        rows = batch_sharding(self.mesh) if count % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0 else replicated
+        places = jax.tree.map(lambda _: replicated, inputs)
         split = {name: jax.tree.map(lambda _: rows, getattr(conditions, name)) for name in ("text", "text_mask", "added", "identity_tokens")}
         places = places._replace(conditions=places.conditions._replace(**split), latents=rows, seeds=rows)
         if places.edit is not None:

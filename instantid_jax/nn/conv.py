@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from instantid_jax.nn.placement import whole
+from instantid_jax.nn.placement import gathered
 from instantid_jax.nn.platform import target_platform
 
 _MATMUL_PIXELS = 128 * 128  # up to here three matrix products take a TPU fewer cycles than a convolution, and compile several times faster
@@ -56,7 +56,7 @@ class Conv(nnx.Module):
         kernel, bias, rounded = self.kernel[...], self.bias[...].astype(self.dtype), hasattr(self, "kernel_scale")
         if rounded:
             kernel, x = inside_the_loop(kernel, x)
-        kernel = whole(kernel, self.dtype)
+        kernel = gathered(kernel, self.dtype)
         if by_phases:
             y = conv3x3_of_doubled(x.astype(self.dtype), kernel)
         elif kernel.shape[:2] == (1, 1) and self.stride == 1:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from instantid_jax.nn.conv import Conv, inside_the_loop
-from instantid_jax.nn.placement import tensor_axis, whole
+from instantid_jax.nn.placement import gathered, tensor_axis
 from instantid_jax.paths import Tree, flatten, stacked_layer, unflatten
 
 _LARGEST = 127
@@ -32,7 +32,7 @@ class Linear(nnx.Linear):
         dtype, kernel, rounded = self.dtype or inputs.dtype, self.kernel[...], hasattr(self, "kernel_scale")
         if rounded:
             kernel, inputs = inside_the_loop(kernel, inputs)
-        y = inputs.astype(dtype) @ whole(kernel, dtype, self.tensor_axis)
+        y = inputs.astype(dtype) @ gathered(kernel, dtype, self.tensor_axis)
         if rounded:
             y = y * self.kernel_scale[...].astype(dtype)
         return y if self.bias is None else y + self.bias[...].astype(dtype)

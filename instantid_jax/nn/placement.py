@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from instantid_jax.paths import first_match
 
-__all__ = ["SMALL", "by_rows", "gathers", "keep_all_but_gathered", "kernel_spec", "map_rows", "on_each_device", "tensor_axis", "whole"]
+__all__ = ["SMALL", "by_rows", "gathered", "gathers", "keep_all_but_gathered", "kernel_spec", "map_rows", "on_each_device", "tensor_axis"]
 
 SMALL = 2**18
 """Elements below which a parameter stays whole on every device: a megabyte in float32."""
@@ -69,7 +69,7 @@ def gathers() -> bool:
     return mesh.shape.get("fsdp", 1) > 1 and not mesh.are_all_axes_manual
 
 
-def whole(kernel: Array, dtype: Any, tensor_axis: int | None = None) -> Array:
+def gathered(kernel: Array, dtype: Any, tensor_axis: int | None = None) -> Array:
     """A kernel as a layer uses it: cast, gathered over `fsdp`, still split over `tensor`."""
     kernel = kernel.astype(dtype)
     if not gathers():

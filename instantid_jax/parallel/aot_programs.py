@@ -140,7 +140,7 @@ def sample_stages(
     def rows(*shapes: tuple[tuple[int, ...], Any], count: int = batch) -> Any:
         return _rows(tuple(jax.ShapeDtypeStruct((count, *shape), dtype) for shape, dtype in shapes), mesh, count)
 
-    def whole(tree: Any) -> Any:
+    def replicated(tree: Any) -> Any:
         everywhere = NamedSharding(mesh, PartitionSpec())
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=everywhere), tree)
 
@@ -156,14 +156,14 @@ def sample_stages(
         text_mask=None,
         added=AddedConditions(pooled, sizes),
         identity_tokens=person,
-        images=(whole(picture),),
-        control_scales=whole(jax.ShapeDtypeStruct((steps, 1), f)),
-        adapter_scale=whole(jax.ShapeDtypeStruct((steps,), f)),
+        images=(replicated(picture),),
+        control_scales=replicated(jax.ShapeDtypeStruct((steps, 1), f)),
+        adapter_scale=replicated(jax.ShapeDtypeStruct((steps,), f)),
         control_mask=None,
     )
     denoiser = sampling.Denoiser(networks["unet"], networks["adapter"], networks["identitynet"])
     nets = {name: weights[name] for name in ("unet", "adapter", "identitynet")} | {"controlnets": ()}
-    denoised = (denoiser, sampler, True, nets, conditions, latents, seeds, whole(plan), whole(scale), whole(scale))
+    denoised = (denoiser, sampler, True, nets, conditions, latents, seeds, replicated(plan), replicated(scale), replicated(scale))
     stages = [Stage(name, sampling.encode_text, (networks[name], weights[name], ids)) for name in ("text_encoder", "text_encoder_2")]
     stages.append(Stage("resampler", sampling.encode_identity, (networks["resampler"], weights["resampler"], embeddings)))
     stages.append(Stage("denoise", sampling.denoise, denoised))

@@ -95,7 +95,8 @@ def topology_devices(name: str) -> tuple[Chip, list[Any]]:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name.split("*")[-1], **options)
     except Exception as error:  # libtpu raises various types with the reason in the text
-        raise TopologyError(f"libtpu cannot describe {name!r}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+        raise TopologyError(f"{name!r} is no topology of a {generation}, says its compiler ({reason}); one is {_EXAMPLES[generation]}") from error
     return CHIPS[generation], list(described.devices)
 
 

@@ -55,14 +55,14 @@ class Program:
         check_multipliers(trained, config.optimizer.multipliers)
         trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trained)
         state = jax.eval_shape(self._initial, trained)
-        self.whole = whole = NamedSharding(mesh, PartitionSpec())
+        self.replicated = replicated = NamedSharding(mesh, PartitionSpec())
         self.abstract_state: TrainState = _placed(state, mesh)
         self.abstract_frozen: Tree = _placed(self.stored(frozen), mesh)
         places = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         self.initial_state = jax.jit(self._initial, out_shardings=places)
         step, evaluation = self._on_mesh(make_step(self.objective, config, self.optimizer)), self._on_mesh(make_evaluation(self.objective))
-        self.step = jax.jit(step, donate_argnums=0, out_shardings=(places, whole))
-        self.evaluate = jax.jit(evaluation, out_shardings=whole)
+        self.step = jax.jit(step, donate_argnums=0, out_shardings=(places, replicated))
+        self.evaluate = jax.jit(evaluation, out_shardings=replicated)
         self._compiled: dict[Any, CompiledStep] = {}
 
     def _on_mesh(self, function: Function) -> Function:

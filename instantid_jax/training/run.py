@@ -167,7 +167,7 @@ class Run:
         def mean(parameters: Tree, image: jax.Array) -> jax.Array:
             return vae.bind(parameters).encode(image.astype("float32") / 127.5 - 1).mean
 
-        encode = jax.jit(mean, out_shardings=self.program.whole)
+        encode = jax.jit(mean, out_shardings=self.program.replicated)
         loader = self._loader(self.source, self.config.data_loader)
         z = np.concatenate([np.asarray(encode(parameters, self.global_batch(next(loader))["image"])) for _ in range(16)])
         loader.close()

@@ -53,6 +53,7 @@ def test_full_size_training_leaves_nothing_large_whole_and_knows_its_bound() -> 
 def test_wrong_arguments_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--topology", "v9:1x1", "--program", "unet"], "no topology known here"),
+        (["--topology", "v5e:3x5", "--program", "unet"], "is no topology of a v5e, says its compiler"),
         (["--topology", "v5e:1x1", "--program", "unet", "--config", "nowhere.py"], "no recipe nowhere.py"),
         (["--topology", "v5e:1x1", "--program", "unet", "--remat", "some"], "remat"),
         (["--topology", "v5e:1x1", "--program", "unet", "--batch", "0"], "--batch must be at least 1, not 0"),
