@@ -182,12 +182,15 @@ def _plan(s: SampleOptions) -> int:
     if other := next((name for name in changed if name not in (*plans, "out")), None):
         listed = ", ".join(f"--{name.replace('_', '-')}" for name in plans[1:])
         raise OptionError(f"--{other.replace('_', '-')} takes no part in --aot, which plans with {listed}; leave it out")
+    if s.num_images < 1:
+        raise OptionError(f"--num-images must be at least 1, not {s.num_images}")
     config = sdxl() if s.weights is None else read_config(s.weights)
     side = config.unet.sample_size * config.vae.downscale
-    size = s.height or s.width or side, s.width or s.height or side
-    batch = s.num_images if s.num_images > 1 else None  # one a chip
+    height, width = (next(n for n in sides if n is not None) for sides in ((s.height, s.width, side), (s.width, s.height, side)))
+    batch = None if s.num_images == 1 else s.num_images  # one a chip
+    steps = 30 if s.steps is None else s.steps
     int8 = s.weights_dtype is not None
-    plan = Plan(s.aot or "", "sample", config, ComputeConfig(dtype=s.dtype), batch=batch, steps=s.steps or 30, size=size, int8=int8)
+    plan = Plan(s.aot or "", "sample", config, ComputeConfig(dtype=s.dtype), batch=batch, steps=steps, size=(height, width), int8=int8)
     return tell(plan, s.aot_json)
 
 
