@@ -50,6 +50,7 @@ CASES: dict[str, Case] = {
     "train_v5e_256": Case("v5e:16x16", "train", ("--remat", "blocks", "--data", "16", "--fsdp", "16")),
     "train_v6e_16_plain": Case("v6e:4x4", "train", ("--remat", "none")),
     "train_v6e_16": Case("v6e:4x4", "train", ("--remat", "blocks", "--batch", "32")),
+    "train_v6e_16_large": Case("v6e:4x4", "train", ("--remat", "blocks", "--batch", "96")),
     "train_v5p_8": Case("v5p:2x2x2", "train", ("--remat", "none", "--batch", "24")),
     "train_v5p_8_large": Case("v5p:2x2x2", "train", ("--remat", "none", "--batch", "32")),
     "train_v5p_64": Case("v5p:4x4x4", "train", ("--remat", "none", "--batch", "256", "--data", "4", "--fsdp", "16")),
