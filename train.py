@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: print(f"train.py: {message}", file=sys.stderr)
     keep_compiled()
     try:
-        default = Command(load_recipe(chosen.config))
+        with wrong_options():
+            default = Command(load_recipe(chosen.config))
         about = f"{__doc__}\nOptions of {chosen.config}, with its values as defaults; --config FILE names another recipe."
         with wrong_options():
             command = tyro.cli(Command, default=default, args=rest, description=about, config=(tyro.conf.AvoidSubcommands,))

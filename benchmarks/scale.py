@@ -2,6 +2,8 @@
 
     python benchmarks/scale.py                        # everything: hours
     python benchmarks/scale.py --only unet_v5e_1      # one case; the others stay as they were written
+    python benchmarks/scale.py --dump texts           # keeps what was compiled, a folder a case
+    python benchmarks/scale.py --dump texts --recount # reads it again after a change of the accounting: minutes
 
 Needs libtpu (pip install -e ".[tpu]"), no TPU, and 24 GB of memory.
 """
@@ -16,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +62,27 @@ CASES: dict[str, Case] = {
 }
 
 
-def run(case: Case) -> dict[str, Any]:
-    """Runs the tool in a process of its own, so that memory is given back."""
+def run(case: Case, dump: Path | None, recorded: dict[str, Any] | None) -> dict[str, Any]:
+    """Runs the tool in a process of its own, so that memory is given back. With what was `recorded` it compiles nothing."""
     from instantid_jax.parallel.aot import EXIT_TOO_LARGE
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", "instantid_jax.parallel.aot", "--topology", case.topology, "--program", case.program]
-        command += ["--config", case.config, *case.options, "--json", str(file)]
-        status = subprocess.run(command, check=False, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}).returncode
+        command += ["--config", case.config, *case.options]
+        extra = ["--json", str(file)]
+        if dump is not None:
+            extra += ["--dump", str(dump)]
+        if recorded is not None:
+            (Path(folder) / "recorded.json").write_text(json.dumps(recorded), encoding="utf-8")
+            extra += ["--recount", f"{folder}/recorded.json"]
+        status = subprocess.run([*command, *extra], check=False, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}).returncode
         if status not in (0, EXIT_TOO_LARGE):
-            raise SystemExit(f"{' '.join(command[1:-2])} ended with status {status}")
-        return json.loads(file.read_text(encoding="utf-8")) | {"command": " ".join(command[1:-2]), "libtpu": importlib.metadata.version("libtpu")}
+            raise SystemExit(f"{' '.join(command[1:])} ended with status {status}")
+        made = {"command": " ".join(command[1:]), "libtpu": importlib.metadata.version("libtpu"), "date": time.strftime("%Y-%m-%d")}
+        if recorded is not None:
+            made = {name: recorded[name] for name in (*made, "jax") if name in recorded}
+        return json.loads(file.read_text(encoding="utf-8")) | made
 
 
 def table(results: dict[str, Any]) -> list[str]:
@@ -83,18 +95,22 @@ def table(results: dict[str, Any]) -> list[str]:
         mesh = " x ".join(f"{axis} {n}" for axis, n in r["mesh"].items() if n > 1) or "one"
         fits = "" if r["fits"] else " **does not fit**"
         temporary = max(p["hbm_temporary_bytes"] for p in r["programs"]) / gib
-        moved = ", ".join(f"{kind} {count / gib:.2f}" for kind, count in sorted(r["collective_bytes"].items()) if count > gib / 200) or "none"
-        whole = r["flops"] > 0
+        whole = r["flops"] is not None  # of a program that was refused only its size is known
+        sent = r["collective_bytes"] or {}
+        moved = ", ".join(f"{kind} {count / gib:.2f}" for kind, count in sorted(sent.items()) if count > gib / 200) or "none"
         cells = [f"`{name}`", mesh, str(r["batch"]), f"{r['hbm_peak_bytes'] / gib:.2f} / {r['hbm_limit_bytes'] / gib:.2f}{fits}"]
         cells += [f"{temporary:.2f}" if whole else "-", f"{r['flops'] / 1e12:.2f}" if whole else "-"]
         cells += [f"{r['flops'] / r['flops_minimum']:.3f}" if whole else "-"]
         cells += [f"{r['estimated_cycles'] / 1e6:.0f} + {r['kernel_cycles_at_half_peak'] / 1e6:.0f}" if whole else "-"]
         if r.get("collective_minimum_bytes"):
-            moved += f"; {sum(r['collective_bytes'].values()) / r['collective_minimum_bytes']:.2f} x the least"
-        cells += [moved, r["bound_by"] if whole else "-", f"{r['compile_seconds']:.0f} ({r['compile_cpu_seconds']:.0f})"]
+            moved += f"; {sum(sent.values()) / r['collective_minimum_bytes']:.2f} x FSDP's"
+        cells += [moved if whole else "-", r["bound_by"] or "-", f"{r['compile_seconds']:.0f} ({r['compile_cpu_seconds']:.0f})"]
         rows.append("| " + " | ".join(cells) + " |")
     rows += ["", "Commands:", ""]
-    rows += [f"- `{name}`: `python {r['command']}` (jax {r['jax']}, libtpu {r['libtpu']})" for name, r in results.items()]
+    rows += [
+        f"- `{name}`: `python {r['command']}` (jax {r['jax']}, libtpu {r['libtpu']}, {r.get('date', 'before 2026-11-28')})"
+        for name, r in results.items()
+    ]
     return rows
 
 
@@ -102,10 +118,17 @@ def main() -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases to run")
+    parser.add_argument("--dump", type=Path, help="folder for the compiled texts, one within for each case")
+    parser.add_argument("--recount", action="store_true", help="read the texts in --dump again, of the cases that have any, and compile nothing")
     given = parser.parse_args()
+    if given.recount and given.dump is None:
+        parser.error("--recount needs --dump DIR")
     results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for name in given.only:
-        results[name] = run(CASES[name])
+        dump = None if given.dump is None else given.dump.resolve() / name
+        if given.recount and not (dump and dump.is_dir() and name in results):
+            continue
+        results[name] = run(CASES[name], dump, results[name] if given.recount else None)
         ordered = {known: results[known] for known in CASES if known in results}
         RESULTS.write_text(json.dumps(ordered, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from instantid_jax.config import ModelConfig
+from instantid_jax.options import OptionError
 from instantid_jax.pipeline import check_call
 from instantid_jax.prompts import prompts_of
 from instantid_jax.published import did_you_mean
@@ -43,7 +44,7 @@ _KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {
 }
 
 
-class JobError(ValueError):
+class JobError(OptionError):
     """A line that cannot be used; the message names file and line."""
 
 
@@ -82,9 +83,18 @@ def read_jobs(path: Path, given: SampleOptions, config: ModelConfig) -> list[Pic
     return pictures
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object that names nothing twice: JSON itself would take the last."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"names {next(name for name in names if names.count(name) > 1)!r} twice")
+    return fields
+
+
 def _fields(text: str) -> dict[str, Any]:
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, object_pairs_hook=_once)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"is no JSON object ({error})") from error
     if not isinstance(fields, dict):

@@ -80,6 +80,8 @@ def test_what_cannot_be_used_is_refused_by_line(line, message, tmp_path):
 def test_the_line_is_counted_and_nothing_is_no_job(tmp_path):
     with pytest.raises(JobError, match="line 3: "):
         read(tmp_path, {"face": "a"}, "", {"face": "a", "x": 1})
+    with pytest.raises(JobError, match="line 1: names 'face' twice"):
+        read(tmp_path, '{"face": "a", "face": "b"}')
     with pytest.raises(JobError, match="holds no jobs"):
         read(tmp_path, "", " ")
     (tmp_path / "jobs.jsonl").write_bytes(b"\xff\xfe")

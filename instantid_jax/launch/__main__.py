@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from instantid_jax.launch.recipes import JobSet, Launch, LaunchError, Slurm, TpuVm, Xpk
-from instantid_jax.options import while_read
+from instantid_jax.options import status_of, while_read
 
 Recipe = (
     Annotated[TpuVm, tyro.conf.subcommand("tpu-vm")]
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _run(launch) if recipe.run else _tell(launch)
     except (LaunchError, OSError) as error:
         print(f"launch: {error}", file=sys.stderr)
-        return 1
+        return status_of(error)
 
 
 def _tell(launch: Launch) -> int:
@@ -57,7 +57,7 @@ def _run(launch: Launch) -> int:
     try:
         return subprocess.run(launch.command, input=launch.document, text=True, check=False).returncode
     except FileNotFoundError as error:
-        raise LaunchError(f"{launch.command[0]} is not installed here, or not on the PATH") from error
+        raise FileNotFoundError(f"{launch.command[0]} is not installed here, or not on the PATH") from error
 
 
 if __name__ == "__main__":

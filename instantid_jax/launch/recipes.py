@@ -6,6 +6,7 @@ Sources: `gcloud compute tpus tpu-vm ssh`, `xpk workload create`, the JobSet API
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 import yaml
 
+from instantid_jax.options import OptionError
 from instantid_jax.parallel.environment import PORT
 from instantid_jax.running import EXIT_INTERRUPTED, EXIT_PARTLY
 
@@ -25,7 +27,7 @@ _ANNOTATION = "jobset.sigs.k8s.io"
 Env = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
 
-class LaunchError(ValueError):
+class LaunchError(OptionError):
     """Options that describe nothing that can be started."""
 
 
@@ -56,6 +58,8 @@ class TpuVm:
     def launch(self, command: Sequence[str]) -> Launch:
         """``gcloud compute tpus tpu-vm ssh --worker=all``."""
         text = _shell(command, _variables(self.env), self.folder)
+        if not self.zone:
+            raise LaunchError("--zone is empty; name the zone of the TPU VM, such as us-central2-b")
         where = ["--zone", self.zone, *(["--project", self.project] if self.project else [])]
         return Launch(["gcloud", "compute", "tpus", "tpu-vm", "ssh", _host_name(self.name), *where, "--worker=all", f"--command={text}"])
 
@@ -84,6 +88,8 @@ class Xpk:
     def launch(self, command: Sequence[str]) -> Launch:
         """``xpk workload create``."""
         _at_least(1, num_slices=self.num_slices)
+        if not re.fullmatch(r"[a-z0-9]+-(\d+|\d+(x\d+)+)", self.tpu_type):
+            raise LaunchError(f"--tpu-type is written as v5litepod-16, not {self.tpu_type!r}")
         _at_least(0, max_restarts=self.max_restarts)
         told = ["--cluster", self.cluster, "--workload", _host_name(self.workload), "--tpu-type", self.tpu_type]
         told += ["--num-slices", str(self.num_slices), "--docker-image", self.docker_image]
@@ -137,10 +143,19 @@ class JobSet:
             raise LaunchError("--tpu and --topology go together")
         if self.tpu and self.gpus:
             raise LaunchError("--gpus goes without --tpu")
+        if self.topology is not None:
+            self._check_topology(self.topology)
         if not self.mount.startswith("/"):
             raise LaunchError(f"--mount must be an absolute path, not {self.mount!r}")
         document = yaml.safe_dump(self.document(list(command)), sort_keys=False, allow_unicode=True, width=120)
         return Launch(["kubectl", "apply", "--filename=-"], document)
+
+    def _check_topology(self, topology: str) -> None:
+        if not re.fullmatch(r"\d+(x\d+){1,2}", topology):
+            raise LaunchError(f"--topology is written as 4x4 or 2x2x4, not {topology!r}")
+        there, asked = math.prod(map(int, topology.split("x"))), self.pods * self.chips
+        if there != asked:
+            raise LaunchError(f"a slice of {topology} has {there} chips, but --pods {self.pods} x --chips {self.chips} are {asked}; match them")
 
     def document(self, command: list[str]) -> dict[str, Any]:
         """The JobSet as nested dicts."""
@@ -227,6 +242,8 @@ class Slurm:
         """A script for ``sbatch``."""
         _at_least(1, nodes=self.nodes)
         _at_least(0, gpus=self.gpus, warning=self.warning)
+        if self.time is not None and not re.fullmatch(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}", self.time):
+            raise LaunchError(f"--time is written as 90 (minutes), 12:00:00 or 2-12:00, not {self.time!r}")
         told = {"job-name": self.name, "nodes": self.nodes, "ntasks-per-node": self.gpus or 1}
         told |= {"gpus-per-node": self.gpus} if self.gpus else {}
         told |= {name: getattr(self, name) for name in ("time", "partition", "account") if getattr(self, name)}

@@ -59,7 +59,8 @@ class Plan:
     """Devices along each axis. By default training splits weights over a slice (`data` over the slices), sampling whole pictures."""
     tensor: int = 1
     batch: int | None = None
-    """Training: pictures a step. Sampling: pictures (with guidance twice as many rows). UNet: rows. By default 1, 1 and 2 a chip."""
+    """Training: pictures a step. Sampling: pictures (with guidance twice as many rows). UNet: rows. By default 1, 1 and 2 a device, all of
+    `tensor` being one."""
     steps: int = 30
     """Denoising steps."""
     size: tuple[int, int] = (1024, 1024)
@@ -107,20 +108,17 @@ class StageReport:
 
 def analyze(stage: Stage, chip: Chip, slices: int, mesh: jax.sharding.Mesh) -> tuple[StageReport, Any]:
     """Compiles a program and reads what it would do on one device."""
-    devices = mesh.size
-    share = chip.flops_per_cycle / chip.devices
+    minimum = stage.minimum() / mesh.size
     with jax.set_mesh(mesh):
         began, worked = time.perf_counter(), time.process_time()
         traced = stage.function.trace(*stage.arguments)
         inside = kernel_flops(traced.jaxpr)
-        minimum = stage.minimum(traced) / devices
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            return _too_large(stage, str(error), minimum, time.perf_counter() - began), None
+            return _too_large(stage, str(error), minimum, time.perf_counter() - began, time.process_time() - worked), None
         seconds, busy = time.perf_counter() - began, time.process_time() - worked
     memory: Any = compiled.memory_analysis()
-    work = hlo.costs(hlo.parse(compiled.as_text()), devices // slices if slices > 1 else None)
     own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     peak = own + memory.generated_code_size_in_bytes + stage.resident
     report = StageReport(
@@ -130,17 +128,10 @@ def analyze(stage: Stage, chip: Chip, slices: int, mesh: jax.sharding.Mesh) -> t
         hbm_output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         hbm_resident_bytes=stage.resident,
         hbm_peak_bytes=peak,
-        flops=work.flops + inside,
-        kernel_flops=inside,
+        **account(compiled.as_text(), inside, chip, mesh, slices),
         flops_minimum=minimum,
-        hbm_bytes_accessed=work.hbm_bytes,
-        estimated_cycles=work.cycles,
-        kernel_cycles=2 * inside / share,
-        uncounted=work.uncounted,
-        collective_bytes=work.collectives,
         collective_minimum_bytes=stage.collective_minimum,
         largest_replicated_bytes=stage.largest_whole,
-        crossing_bytes=work.crossing,
         compile_seconds=seconds,
         compile_cpu_seconds=busy,
         fits=peak <= chip.hbm_bytes // chip.devices,
@@ -148,7 +139,22 @@ def analyze(stage: Stage, chip: Chip, slices: int, mesh: jax.sharding.Mesh) -> t
     return report, compiled
 
 
-def _too_large(stage: Stage, message: str, minimum: float, seconds: float) -> StageReport:
+def account(text: str, kernels: float, chip: Chip, mesh: jax.sharding.Mesh, slices: int) -> dict[str, Any]:
+    """What a compiled program's text says of one device, by the names of `StageReport`; `kernels` are the FLOPs within its kernels."""
+    work = hlo.costs(hlo.parse(text), mesh.size // slices if slices > 1 else None)
+    return {
+        "flops": work.flops + kernels,
+        "kernel_flops": kernels,
+        "hbm_bytes_accessed": work.hbm_bytes,
+        "estimated_cycles": work.cycles,
+        "kernel_cycles": 2 * kernels * chip.devices / chip.flops_per_cycle,
+        "uncounted": work.uncounted,
+        "collective_bytes": work.collectives,
+        "crossing_bytes": work.crossing,
+    }
+
+
+def _too_large(stage: Stage, message: str, minimum: float, seconds: float, busy: float) -> StageReport:
     """A program that the compiler refuses for its size; anything else is raised."""
     used = re.search(r"Used ([\d.]+)([TGMK]) of ([\d.]+[GMK])", message) or re.search(
         r"\(([\d.]+)([TGMK])\) exceeds available HBM \(([\d.]+[GMK])\)", message
@@ -161,26 +167,33 @@ def _too_large(stage: Stage, message: str, minimum: float, seconds: float) -> St
         "name": stage.name,
         "uncounted": {},
         "collective_bytes": {},
+        "hbm_resident_bytes": stage.resident,
+        "hbm_peak_bytes": needed + stage.resident,
+        "flops_minimum": minimum,
+        "compile_seconds": seconds,
+        "compile_cpu_seconds": busy,
         "fits": False,
         "error": f"needs {used.group(1)}{used.group(2)}iB of {used.group(3)}iB",
     }
-    return StageReport(
-        **nothing | told | {"hbm_peak_bytes": needed, "hbm_resident_bytes": stage.resident, "flops_minimum": minimum, "compile_seconds": seconds}
-    )
+    return StageReport(**nothing | told)
 
 
-def stages(plan: Plan, mesh: jax.sharding.Mesh, chips: int) -> list[Stage]:
+def _batch(plan: Plan, mesh: jax.sharding.Mesh) -> int:
+    return plan.batch or mesh.shape["data"] * mesh.shape["fsdp"] * (2 if plan.program == "unet" else 1)
+
+
+def stages(plan: Plan, mesh: jax.sharding.Mesh) -> list[Stage]:
     """The programs of a plan."""
     from instantid_jax.parallel import aot_programs as programs
 
     if plan.program == "train":
         if plan.recipe is None:
             raise TopologyError("the program train needs a recipe: --config FILE")
-        loader = dataclasses.replace(plan.recipe.loader, global_batch=plan.batch or chips)
+        loader = dataclasses.replace(plan.recipe.loader, global_batch=_batch(plan, mesh))
         return programs.train_stages(dataclasses.replace(plan.recipe, compute=plan.compute, loader=loader), mesh)
     if plan.program == "sample":
-        return programs.sample_stages(plan.model, plan.compute, mesh, plan.batch or chips, plan.size, plan.steps, int8=plan.int8)
-    return programs.unet_stages(plan.model, plan.compute, mesh, plan.batch or 2 * chips, plan.size)
+        return programs.sample_stages(plan.model, plan.compute, mesh, _batch(plan, mesh), plan.size, plan.steps, int8=plan.int8)
+    return programs.unet_stages(plan.model, plan.compute, mesh, _batch(plan, mesh), plan.size)
 
 
 def make_plan_mesh(plan: Plan) -> tuple[Chip, jax.sharding.Mesh]:
@@ -218,14 +231,32 @@ def compile_plan(plan: Plan, say: Any = None, dump: Path | None = None) -> dict[
     chip, mesh = make_plan_mesh(plan)
     slices = parse_topology(plan.topology)[2]
     reports = []
-    for stage in stages(plan, mesh, mesh.size // chip.devices):
+    for stage in stages(plan, mesh):
         report, compiled = analyze(stage, chip, slices, mesh)
         reports.append(report)
         if dump is not None and compiled is not None:
-            dump.mkdir(parents=True, exist_ok=True)
             (dump / f"{stage.name}.hlo.txt").write_text(compiled.as_text())
         if say is not None:
             say(f"{report.name}: compiled in {report.compile_seconds:.0f} s")
+    return summary(plan, chip, mesh, reports)
+
+
+def recount(plan: Plan, recorded: dict[str, Any], dump: Path) -> dict[str, Any]:
+    """The figures of a plan that was compiled before, from the texts in `dump`: memory and seconds stay as they are in `recorded`.
+
+    For when the reading of texts, or the minimum, has changed. A program that was refused has no text. Raises TopologyError, ValueError, OSError.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    chip, mesh = make_plan_mesh(plan)
+    slices = parse_topology(plan.topology)[2]
+    reports = []
+    for stage, old in zip(stages(plan, mesh), recorded["programs"], strict=True):
+        found = {"flops_minimum": stage.minimum() / mesh.size, "collective_minimum_bytes": stage.collective_minimum}
+        found["largest_replicated_bytes"] = stage.largest_whole
+        if old["error"] is None:
+            text = (dump / f"{stage.name}.hlo.txt").read_text(encoding="utf-8")
+            found |= account(text, old["kernel_flops"], chip, mesh, slices)
+        reports.append(StageReport(**old | found))
     return summary(plan, chip, mesh, reports)
 
 
@@ -244,28 +275,29 @@ def summary(plan: Plan, chip: Chip, mesh: jax.sharding.Mesh, reports: list[Stage
         "memory": moved / (chip.hbm_bandwidth / chip.devices),
         "interconnect": (sum(collectives.values()) - crossing) * chip.devices / chip.ici_bandwidth + crossing * chip.devices / chip.dcn_bandwidth,
     }
+    known = all(r.error is None for r in reports)  # of a program that was refused only its size is
     return {
         "topology": plan.topology,
         "program": plan.program,
         "mesh": dict(mesh.shape),
-        "batch": plan.batch or mesh.size // chip.devices * (2 if plan.program == "unet" else 1),
+        "batch": _batch(plan, mesh),
         "jax": jax.__version__,
         "hbm_peak_bytes": peak,
         "hbm_limit_bytes": limit,
         "fits": all(r.fits for r in reports),
-        "flops": flops,
+        "flops": flops if known else None,
         "flops_minimum": sum(r.flops_minimum for r in reports),
-        "hbm_bytes_accessed": moved,
-        "estimated_cycles": sum(r.estimated_cycles for r in reports),
-        "kernel_cycles_at_half_peak": sum(r.kernel_cycles for r in reports),
-        "collective_bytes": collectives,
+        "hbm_bytes_accessed": moved if known else None,
+        "estimated_cycles": sum(r.estimated_cycles for r in reports) if known else None,
+        "kernel_cycles_at_half_peak": sum(r.kernel_cycles for r in reports) if known else None,
+        "collective_bytes": collectives if known else None,
         "collective_minimum_bytes": sum(r.collective_minimum_bytes for r in reports),
         "largest_replicated_bytes": max(r.largest_replicated_bytes for r in reports),
-        "slice_crossing_bytes": crossing,
+        "slice_crossing_bytes": crossing if known else None,
         "compile_seconds": sum(r.compile_seconds for r in reports),
         "compile_cpu_seconds": sum(r.compile_cpu_seconds for r in reports),
-        "bound_by": max(seconds, key=lambda name: seconds[name]),
-        "roofline_shares": {name: value / max(sum(seconds.values()), 1e-30) for name, value in seconds.items()},
+        "bound_by": max(seconds, key=lambda name: seconds[name]) if known else None,
+        "roofline_shares": {name: value / max(sum(seconds.values()), 1e-30) for name, value in seconds.items()} if known else None,
         "programs": [dataclasses.asdict(r) for r in reports],
     }
 
@@ -295,6 +327,7 @@ def table(result: dict[str, Any]) -> str:
         ratio = f"{r['flops'] / r['flops_minimum']:.3f}" if r["flops_minimum"] else "-"
         sizes = (r[f"hbm_{name}_bytes"] for name in ("argument", "temporary", "output", "resident", "peak"))
         numbers = [f"{n / mib:,.0f}" for n in sizes]
+        ratio = "-" if r["error"] else ratio
         numbers += [f"{r['flops'] / 1e12:.3f}", ratio, f"{r['hbm_bytes_accessed'] / 1e9:.2f}", f"{r['estimated_cycles'] / 1e6:.1f}"]
         rows.append((r["name"], *numbers, f"{r['kernel_cycles'] / 1e6:.1f}", f"{r['compile_seconds']:.0f}", f"{r['compile_cpu_seconds']:.0f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -302,9 +335,11 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"{r['name']}: does not fit: {r['error']}" for r in result["programs"] if r["error"]]
     peak, limit = result["hbm_peak_bytes"], result["hbm_limit_bytes"]
     lines.append(f"HBM: peak {peak / 2**30:.2f} GiB of {limit / 2**30:.2f} GiB: {'fits' if result['fits'] else 'does not fit'}")
+    if result["bound_by"] is None:
+        return "\n".join([*lines, "a program that does not compile tells nothing else"])
     kinds = ", ".join(f"{kind} {count / mib:,.1f} MiB" for kind, count in sorted(result["collective_bytes"].items())) or "none"
     least, total = result["collective_minimum_bytes"], sum(result["collective_bytes"].values())
-    bound = f"; {total / least:.2f} x the least that split weights need, {least / 2**30:.2f} GiB" if least else ""
+    bound = f"; {total / least:.2f} x what FSDP moves, {least / 2**30:.2f} GiB" if least else ""
     lines.append(f"collectives: {kinds}{bound}")
     if least:
         lines.append(f"largest array that is whole on every device: {result['largest_replicated_bytes'] / mib:.2f} MiB")
@@ -321,25 +356,52 @@ def table(result: dict[str, Any]) -> str:
 
 
 def recipe_plan(topology: str, recipe: TrainConfig) -> Plan:
-    """The training step of a recipe as it stands: its batch, and its mesh unless that is one device."""
-    shape = recipe.mesh
-    one = shape.data * shape.fsdp * shape.tensor == 1
-    data, fsdp, tensor = (None, None, 1) if one else (shape.data, shape.fsdp, shape.tensor)
+    """The training step of a recipe as it stands: its batch, and its mesh unless that is one device.
+
+    Raises TopologyError where the recipe's slices (`mesh.dcn_data`) are not those of the topology."""
+    shape, slices = recipe.mesh, parse_topology(topology)[2]
+    one = shape.dcn_data * shape.data * shape.fsdp * shape.tensor == 1
+    if not one and shape.dcn_data != slices:
+        raise TopologyError(f"mesh.dcn_data is {shape.dcn_data}, but {topology} is {slices} slice{'s' if slices > 1 else ''}; set one to the other")
+    data, fsdp, tensor = (None, None, 1) if one else (shape.dcn_data * shape.data, shape.fsdp, shape.tensor)
     return Plan(topology, "train", recipe.model, recipe.compute, recipe, data, fsdp, tensor, recipe.loader.global_batch)
 
 
-def tell(plan: Plan, file: Path | None = None, dump: Path | None = None) -> int:
-    """Prints the table of a plan, progress on the standard error, and writes the figures to `file` as JSON.
+def tell(plan: Plan, file: Path | None = None, dump: Path | None = None, recorded: Path | None = None) -> int:
+    """Prints the table of a plan, progress on the standard error, and writes the figures to `file` as JSON; `recorded` is for `recount`.
 
     Returns the exit status: 0, or 4 where the plan does not fit into the memory. Raises TopologyError, ValueError.
     """
-    if file is not None and not file.absolute().parent.is_dir():
-        raise TopologyError(f"no figures can be written to {file}: there is no folder {file.absolute().parent}")
-    result = compile_plan(plan, lambda line: print(line, file=sys.stderr, flush=True), dump)
+    if file is not None:
+        _reserve(file)
+    if recorded is not None:
+        if dump is None:
+            raise TopologyError("--recount needs the folder of the texts: --dump DIR")
+        result = recount(plan, json.loads(recorded.read_text(encoding="utf-8")), dump)
+    else:
+        if dump is not None:
+            dump.mkdir(parents=True, exist_ok=True)
+        result = compile_plan(plan, lambda line: print(line, file=sys.stderr, flush=True), dump)
     print(table(result), flush=True)
     if file is not None:
-        file.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        new = file.with_name(f"{file.name}.new")
+        new.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        new.replace(file)
     return 0 if result["fits"] else EXIT_TOO_LARGE
+
+
+def _reserve(file: Path) -> None:
+    """Raises TopologyError where the figures could not be written: it takes long to make them."""
+    if not file.absolute().parent.is_dir():
+        raise TopologyError(f"no figures can be written to {file}: there is no folder {file.absolute().parent}")
+    if file.is_dir():
+        raise TopologyError(f"no figures can be written to {file}: it is a folder; name a file in it")
+    new = file.with_name(f"{file.name}.new")
+    try:
+        new.touch()
+        new.unlink()
+    except OSError as error:
+        raise TopologyError(f"no figures can be written to {file}: {error.strerror}; name a file in a folder that may be written to") from error
 
 
 @while_read
@@ -352,26 +414,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=int, help="devices along the mesh axis")
     parser.add_argument("--fsdp", type=int, help="likewise; training: by default all of a slice")
     parser.add_argument("--tensor", type=int, default=1, help="likewise")
-    parser.add_argument("--batch", type=int, help="training, sampling: pictures in all, by default one a chip; unet: rows, by default two a chip")
-    parser.add_argument("--steps", type=int, default=30, help="denoising steps")
-    parser.add_argument("--size", type=int, default=1024, help="height and width in pixels, of sampling and unet; training has its recipe's")
+    parser.add_argument("--batch", type=int, help="training, sampling: pictures in all, by default one a device; unet: rows, by default two a device")
+    parser.add_argument("--steps", type=int, help="sampling: denoising steps, 30 by default")
+    parser.add_argument("--size", type=int, help="sampling, unet: height and width in pixels, 1024 by default; training has its recipe's")
     parser.add_argument("--remat", help="compute.remat of the recipe: none, dots, blocks, offload or full")
     parser.add_argument("--dtype", help="compute.dtype of the recipe")
     parser.add_argument("--weights-dtype", choices=("int8",), help="sampling: hold the kernels of UNet and IdentityNet in 8 bits")
     parser.add_argument("--attention", help="compute.attention of the recipe")
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--dump", type=Path, help="folder for the compiled programs' text")
+    parser.add_argument("--recount", type=Path, help="figures written by --json: read the texts in --dump again, and compile nothing")
     given = parser.parse_args(arguments)
     from instantid_jax.training.recipes import load_recipe  # needs the packages of training
 
     try:
-        config = load_recipe(given.config)
         changes = {name: getattr(given, name) for name in ("remat", "attention", "dtype") if getattr(given, name) is not None}
         with wrong_options():
+            config = load_recipe(given.config)
             config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, **changes))
-        axes = {name: getattr(given, name) for name in ("data", "fsdp", "tensor", "batch", "steps")}
-        size, int8 = (given.size, given.size), given.weights_dtype is not None
-        return tell(Plan(given.topology, given.program, config.model, config.compute, config, **axes, size=size, int8=int8), given.json, given.dump)
+        for name, programs in (("steps", ("sample",)), ("size", ("sample", "unet"))):
+            if getattr(given, name) is not None and given.program not in programs:
+                raise TopologyError(f"--{name} takes no part in the program {given.program}; leave it out")
+        changed: dict[str, Any] = {name: getattr(given, name) for name in ("data", "fsdp", "tensor", "batch")}
+        changed |= {} if given.steps is None else {"steps": given.steps}
+        changed |= {} if given.size is None else {"size": (given.size, given.size)}
+        plan = Plan(given.topology, given.program, config.model, config.compute, config, **changed, int8=given.weights_dtype is not None)
+        return tell(plan, given.json, given.dump, given.recount)
     except (ValueError, OSError) as error:
         print(f"aot: {error}", file=sys.stderr)
         return status_of(error)

@@ -18,8 +18,8 @@ from instantid_jax.diffusion import make_sampler
 from instantid_jax.models import FROZEN, TRAINABLE, build_networks
 from instantid_jax.models.encoder import AddedConditions, IdentityContext, TextContext
 from instantid_jax.models.unet import Residuals
-from instantid_jax.parallel.flops import count_flops, minimum_flops
-from instantid_jax.parallel.mesh import batch_sharding
+from instantid_jax.parallel.flops import minimum_flops
+from instantid_jax.parallel.mesh import AXES, batch_sharding
 from instantid_jax.parallel.rules import shardings
 from instantid_jax.paths import flatten, map_paths
 
@@ -51,14 +51,26 @@ class Stage(NamedTuple):
     largest_whole: int = 0
     """Bytes of the largest parameter, or part of the optimizer's state, that every device has whole though there is an `fsdp` to split it over."""
 
-    def minimum(self, traced: Any) -> float:
-        """The fewest FLOPs that do its work, over all devices."""
-        if self.loss is None:
-            return count_flops(traced.jaxpr)
-        function, arguments = self.loss
-        trained = len(jax.tree.leaves(arguments[0]))
-        jaxpr = jax.make_jaxpr(function)(*arguments)
+    def minimum(self) -> float:
+        """The fewest FLOPs that do its work, over all devices: those of the networks as they are defined, each product once.
+
+        No device's own forms count (its kernels, convolutions as matrix products, weights that are gathered), nor what it pads or makes twice.
+        """
+        function, arguments = (self.function, self.arguments) if self.loss is None else self.loss
+        device = jax.sharding.AbstractDevice("any", None, "any")
+        with jax.sharding.use_abstract_mesh(AbstractMesh((1,) * len(AXES), AXES, abstract_device=device)):
+            anywhere = [jax.tree.map(_nowhere, argument) for argument in arguments]
+            if self.loss is None:
+                jaxpr = function.trace(*anywhere).jaxpr
+                return minimum_flops(jaxpr, [False] * len(jaxpr.in_avals))
+            trained = len(jax.tree.leaves(anywhere[0]))
+            jaxpr = jax.make_jaxpr(function)(*anywhere)
         return minimum_flops(jaxpr, [i < trained for i in range(len(jaxpr.in_avals))])
+
+
+def _nowhere(x: Any) -> Any:
+    """A shape without its place; anything else as it is."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
 
 
 def _placed(tree: Any, mesh: Mesh, dtype: Any = None) -> Any:
@@ -209,7 +221,7 @@ def train_stages(config: TrainConfig, mesh: Mesh) -> list[Stage]:
     limit = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)) for name, x in program.abstract_batch().items()}
     arguments = (program.abstract_state, program.abstract_frozen, batch, limit)
-    # The minimum knows no kernels and no form of a convolution, and computes nothing twice.
+    # The minimum knows no kernels and computes nothing twice.
     plain = dataclasses.replace(config.compute, remat="none", attention="xla")
     objective = Program(dataclasses.replace(config, mesh=shape, compute=plain), mesh).objective
 

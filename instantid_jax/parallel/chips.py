@@ -47,6 +47,8 @@ class Chip:
     with half of the memory."""
     dimensions: int = 2
     """Of the torus."""
+    pod: int = 256
+    """Chips of the largest slice."""
 
     @property
     def flops_per_cycle(self) -> float:
@@ -55,9 +57,9 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(int(30.5 * GiB), 275e12, 1228e9, 300e9, 6.25e9, 1.05e9, devices=2, dimensions=3),
+    "v4": Chip(int(30.5 * GiB), 275e12, 1228e9, 300e9, 6.25e9, 1.05e9, devices=2, dimensions=3, pod=4096),
     "v5e": Chip(int(15.75 * GiB), 197e12, 819e9, 200e9, 3.125e9, 1.5e9),
-    "v5p": Chip(int(95.74 * GiB), 459e12, 2765e9, 600e9, 6.25e9, 1.75e9, dimensions=3),
+    "v5p": Chip(int(95.74 * GiB), 459e12, 2765e9, 600e9, 6.25e9, 1.75e9, dimensions=3, pod=8960),
     "v6e": Chip(int(31.25 * GiB), 918e12, 1640e9, 448e9, 6.25e9, 1.75e9),
 }
 _EXAMPLES = {"v4": "v4:2x2x1", "v5e": "v5e:4x4", "v5p": "v5p:2x2x2", "v6e": "v6e:4x4"}
@@ -73,6 +75,8 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...], int]:
     wanted = CHIPS[generation].dimensions
     if len(shape) != wanted or not all(shape) or not slices:
         raise TopologyError(f"{name!r}: a {generation} topology has {wanted} axes, as in {_EXAMPLES[generation]}")
+    if math.prod(shape) > CHIPS[generation].pod:
+        raise TopologyError(f"{name!r} has {math.prod(shape):,} chips; the largest slice of a {generation} has {CHIPS[generation].pod:,}")
     return generation, shape, slices
 
 

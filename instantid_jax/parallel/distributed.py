@@ -44,7 +44,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     Given are the address ("host:port") of process 0, how many processes there are and which one this is, or nothing: then the
     environment says so (`environment`), or JAX finds it on TPU pods, Slurm and Open MPI.
 
-    Raises `OptionError` for a part of these, ValueError where it is not known. Where the others do not come within `timeout` seconds
+    Raises `OptionError` for a part of these, and where this process is not one of them. Where the others do not come within `timeout` seconds
     the process ends with exit status 1 and one sentence: JAX waits in native code that nothing else can end.
     """
     given = (coordinator, processes, process)
@@ -52,7 +52,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         raise OptionError("name coordinator, number of processes and this process's number together, or none of them")
     place = place_of(os.environ) if coordinator is None or processes is None or process is None else Place(coordinator, processes, process)
     if place is not None and not 0 <= place.process < place.processes:
-        raise ValueError(f"there is no process {place.process} of {place.processes}; they are counted from 0")
+        raise OptionError(f"there is no process {place.process} of {place.processes}; they are counted from 0")
     timer = threading.Timer(timeout, _nobody_came, [place, timeout])
     timer.daemon = True
     timer.start()

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from instantid_jax.options import OptionError
+
 __all__ = ["PORT", "Place", "place_of"]
 
 PORT = 1234
@@ -32,7 +34,7 @@ class Place(NamedTuple):
 def place_of(environment: Mapping[str, str]) -> Place | None:
     """The place that these variables tell; None where they tell none, which leaves it to JAX to find one.
 
-    Raises ValueError for variables that are there in part, or are no numbers in range.
+    Raises OptionError for variables that are there in part, or are no numbers in range.
     """
     address = environment.get("JAX_COORDINATOR_ADDRESS")
     if not address or "JAX_PROCESS_COUNT" not in environment:
@@ -40,7 +42,7 @@ def place_of(environment: Mapping[str, str]) -> Place | None:
     processes = _number(environment, "JAX_PROCESS_COUNT", 1)
     process = _process(environment)
     if process >= processes:
-        raise ValueError(f"the environment makes this process {process}, but JAX_PROCESS_COUNT is {processes}; processes are counted from 0")
+        raise OptionError(f"the environment makes this process {process}, but JAX_PROCESS_COUNT is {processes}; processes are counted from 0")
     bare = address.count(":") != 1 and not address.rpartition("]")[2].startswith(":")
     port = _number(environment, "JAX_COORDINATOR_PORT", 1) if "JAX_COORDINATOR_PORT" in environment else PORT
     return Place(f"{address}:{port}" if bare else address, processes, process)
@@ -51,17 +53,17 @@ def _process(environment: Mapping[str, str]) -> int:
         if name in environment:
             return _number(environment, name)
     if "JOB_COMPLETION_INDEX" not in environment:
-        raise ValueError("JAX_PROCESS_COUNT is set, but nothing says which process this is: set JAX_PROCESS_ID, from 0")
+        raise OptionError("JAX_PROCESS_COUNT is set, but nothing says which process this is: set JAX_PROCESS_ID, from 0")
     index = _number(environment, "JOB_COMPLETION_INDEX")
     if "JOB_INDEX" not in environment:
         return index
     if "PROCESSES_IN_JOB" not in environment:
-        raise ValueError("JOB_INDEX is set, but not PROCESSES_IN_JOB: how many processes each job of the JobSet has")
+        raise OptionError("JOB_INDEX is set, but not PROCESSES_IN_JOB: how many processes each job of the JobSet has")
     return _number(environment, "JOB_INDEX") * _number(environment, "PROCESSES_IN_JOB", 1) + index
 
 
 def _number(environment: Mapping[str, str], name: str, low: int = 0) -> int:
     text = environment[name]
     if not text.strip().isdecimal() or int(text) < low:
-        raise ValueError(f"the environment variable {name} must be a whole number from {low}, not {text!r}")
+        raise OptionError(f"the environment variable {name} must be a whole number from {low}, not {text!r}")
     return int(text)

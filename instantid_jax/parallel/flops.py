@@ -57,7 +57,8 @@ def minimum_flops(jaxpr: Any, trained: Sequence[bool]) -> float:
     """The least that a function and its gradient with respect to some of its inputs cost, from the function alone.
 
     A product costs once for its result and once more for the gradient of each operand that depends on a trained input: a
-    frozen layer behind a trained one twice, a trained one three times, one that no trained input reaches once.
+    frozen layer behind a trained one twice, a trained one three times, one that no trained input reaches once. Raises
+    ValueError for a kernel.
     """
     return _minimum(getattr(jaxpr, "jaxpr", jaxpr), list(trained))[0]
 
@@ -79,6 +80,11 @@ def _minimum(jaxpr: Any, trained: list[bool]) -> tuple[float, list[bool]]:
         elif name == "scan":
             flops, outputs = _minimum_of_scan(parameters, inputs)
             total += flops
+        elif name == "shard_map":
+            flops, outputs = _minimum(parameters["jaxpr"], inputs)
+            total += parameters["mesh"].size * flops
+        elif name == "pallas_call":
+            raise ValueError("the least that a Pallas kernel costs is not known from its text: count its plain form")
         elif name == "stop_gradient":
             outputs = [False] * len(equation.outvars)
         elif inner := _inner(parameters):

@@ -91,9 +91,9 @@ class Costs(NamedTuple):
     uncounted: dict[str, float]
     """Calls of custom calls, by target: the compiler estimates no cycles for them."""
     collectives: dict[str, float]
-    """Bytes by kind: of the result of a gather, of what a reduction is given, of what is sent otherwise."""
+    """Bytes by kind: of the result of a gather, of what a reduction is given, of what is sent otherwise; `send` is what goes to other slices."""
     crossing: float
-    """The part of the collectives' bytes whose groups have devices of several slices."""
+    """The part of the collectives' bytes that goes between slices: of groups with devices of several, and of sends."""
 
 
 def parse(text: str) -> Program:
@@ -220,7 +220,7 @@ def calls(program: Program, root: str | None = None) -> tuple[dict[str, float], 
                 visit(body, times * trip_count(program, computation, instruction), inside)
             elif instruction.opcode == "conditional":
                 visit(max(instruction.called, key=lambda branch: _work(program, branch)), times, inside)
-            elif instruction.opcode not in _COMBINING:
+            elif instruction.opcode not in _COMBINING and not instruction.opcode.endswith(("-update", "-done")):  # what -start names they name too
                 for called in instruction.called:
                     if called in program.computations:
                         visit(called, times, inside or instruction.opcode == "fusion")
@@ -269,6 +269,10 @@ def costs(program: Program, slice_size: int | None = None) -> Costs:
                 # A TPU's text has a reduce-scatter as a reduction of which each device keeps its part.
                 scattered = kind == "all-reduce" and "all-reduce-scatter" in name
                 collectives["reduce-scatter" if scattered else kind] += sent
+            elif instruction.opcode == "send" and "megascale" in instruction.rest:  # the part of a collective that goes to another slice
+                sent = times * _given(computation, instruction)
+                crossing += sent
+                collectives["send"] += sent
             if name in fused:
                 continue
             cycles += times * _cycles(instruction)
@@ -330,11 +334,15 @@ def computation_array(computation: Computation, name: str) -> Array:
 
 
 def _collective_bytes(computation: Computation, instruction: Instruction, kind: str) -> float:
-    given = sum(a.nbytes for name in instruction.operands if name in computation for a in computation[name].arrays)
+    given = _given(computation, instruction)
     if kind != "all-gather":
         return given
     made = sum(a.nbytes for a in instruction.arrays)
     return made - given if instruction.opcode.endswith("-start") else made
+
+
+def _given(computation: Computation, instruction: Instruction) -> float:
+    return float(sum(a.nbytes for name in instruction.operands if name in computation for a in computation[name].arrays))
 
 
 def _continues_collective(name: str, computation: Computation) -> bool:
@@ -348,7 +356,9 @@ def _continues_collective(name: str, computation: Computation) -> bool:
 
 
 def _crosses(instruction: Instruction, slice_size: int) -> bool:
-    """Whether a group of the collective has devices of several slices; devices are numbered slice by slice."""
+    """Whether a group of the collective has devices of several slices; devices are numbered slice by slice. Without groups all are one."""
+    if "replica_groups={}" in instruction.rest:
+        return True
     pairs = instruction.attribute(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}")
     listed = pairs or instruction.attribute(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}")
     if listed is not None:
@@ -359,7 +369,7 @@ def _crosses(instruction: Instruction, slice_size: int) -> bool:
 
 
 def _numbered_groups(instruction: Instruction) -> list[list[int]]:
-    """Groups in the forms [4,2]<=[2,4]T(1,0) and mesh['a'=2,'b'=4] {'b'}; everyone in one group where none is named."""
+    """Groups in the forms [4,2]<=[2,4]T(1,0) and mesh['a'=2,'b'=4] {'b'}."""
     found = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.rest)
     if found is not None:
         shape = [int(n) for n in found.group(3).split(",")]
@@ -380,46 +390,92 @@ _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "whil
 
 
 def _moved(program: Program, computation: Computation, instruction: Instruction) -> float:
-    """HBM bytes of one run; of an operand that is only sliced, the slice."""
-    if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+    """HBM bytes of one run. Of a value that is only sliced, or of which only a slice is replaced, the slice."""
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith(("-done", "-update")) or opcode == "async-start":
         return 0.0
-    written = sum(a.nbytes for a in instruction.arrays if a.in_hbm)
-    if instruction.opcode in ("dynamic-slice", "slice"):
-        return 2.0 * written
-    if instruction.opcode == "copy-start":
-        return float(sum(a.nbytes for a in instruction.arrays[:2] if a.in_hbm))
-    read = 0.0
+    if opcode == "custom-call" and instruction.attribute(r'custom_call_target="([^"]+)"') in ("AllocateBuffer", "ConcatBitcast"):
+        return 0.0
+    operands = [computation[name] for name in instruction.operands if name in computation]
+    if opcode in ("dynamic-slice", "slice"):
+        return 2.0 * _in_hbm(instruction.arrays)
+    if opcode in ("slice-start", "dynamic-slice-start"):  # its result is (what is sliced, the slice, a signal)
+        part = instruction.arrays[len(operands[0].arrays)]
+        return float(part.nbytes * (part.in_hbm + operands[0].arrays[0].in_hbm))
+    if opcode == "dynamic-update-slice":
+        return float(operands[1].arrays[0].nbytes * (instruction.arrays[0].in_hbm + operands[1].arrays[0].in_hbm))
+    if opcode == "copy-start":  # (the copy, what is copied, a signal)
+        return float(_in_hbm(instruction.arrays[:2]))
+    given = sum(_in_hbm(value.arrays) for value in operands)
+    if opcode in ("send", "recv"):  # the result of a send holds its operand
+        return float(given or _in_hbm(instruction.arrays[:1]))
+    if opcode != "fusion":
+        held = given if opcode in ("all-gather-start", "collective-permute-start") else 0  # their result holds their operand
+        return float(given + _in_hbm(instruction.arrays) - held)
+    inner = instruction.called[0]
+    read = written = 0.0
     for i, name in enumerate(instruction.operands):
-        if name not in computation:
-            continue
-        whole = sum(a.nbytes for a in computation[name].arrays if a.in_hbm)
-        if whole and instruction.opcode == "fusion":
-            sliced = _sliced(program, instruction.called[0], i)
-            whole = whole if sliced is None else min(whole, sliced)
-        read += whole
-    return written + read
+        if name in computation and (whole := _in_hbm(computation[name].arrays)):
+            sliced = _read(program, inner, _parameter(program, inner, i))
+            read += whole if sliced is None else min(whole, sliced)
+    root = program.roots[inner]
+    results = program.computations[inner][root].operands if program.computations[inner][root].opcode == "tuple" else (root,)
+    for array, result in zip(instruction.arrays, results, strict=False):
+        if array.in_hbm:
+            part = _replaced(program, inner, result)
+            written += array.nbytes if part is None else min(array.nbytes, part)
+    return read + written
 
 
-def _sliced(program: Program, name: str, index: int) -> int | None:
-    """Bytes that a fused computation reads of a parameter of which it takes slices only; None where it takes all."""
-    computation = program.computations[name]
-    parameter = next((p for p in computation.values() if p.opcode == "parameter" and p.rest.startswith(f"({index})")), None)
-    if parameter is None:
+def _in_hbm(arrays: tuple[Array, ...]) -> int:
+    return sum(a.nbytes for a in arrays if a.in_hbm)
+
+
+def _parameter(program: Program, name: str, index: int) -> str | None:
+    found = (p.name for p in program.computations[name].values() if p.opcode == "parameter" and p.rest.startswith(f"({index})"))
+    return next(found, None)
+
+
+def _read(program: Program, name: str, value: str | None) -> int | None:
+    """Bytes that a fused computation reads of a value of which it takes slices only; None where it takes all."""
+    if value is None:
         return None
-    total = 0
+    computation, total = program.computations[name], 0
     for user in computation.values():
         for i, operand in enumerate(user.operands):
-            if operand != parameter.name:
+            if operand != value:
                 continue
+            inner: int | None
             if user.opcode in ("dynamic-slice", "slice"):
-                total += user.arrays[0].nbytes
-            elif user.opcode == "fusion":
-                inner = _sliced(program, user.called[0], i)
-                if inner is None:
-                    return None
-                total += inner
+                inner = user.arrays[0].nbytes
             elif user.opcode == "dynamic-update-slice" and i == 0:
-                total += computation_array(computation, user.operands[1]).nbytes
+                inner = 0 if user.name == program.roots[name] else _read(program, name, user.name)
+            elif user.opcode == "fusion":
+                inner = _read(program, user.called[0], _parameter(program, user.called[0], i))
+            elif user.opcode == "bitcast":
+                inner = None if user.name == program.roots[name] else _read(program, name, user.name)
+            elif user.opcode == "tuple" and user.name == program.roots[name]:
+                inner = 0  # what is only replaced in part and handed out
             else:
+                inner = None
+            if inner is None:
                 return None
+            total += inner
     return total
+
+
+def _replaced(program: Program, name: str, value: str) -> int | None:
+    """Bytes that a fused computation writes for a result that is one of its arguments with a slice replaced; None where it writes all."""
+    computation, total = program.computations[name], 0
+    while True:
+        made = computation[value]
+        if made.opcode == "bitcast":
+            value = made.operands[0]
+        elif made.opcode == "dynamic-update-slice":
+            total += computation[made.operands[1]].arrays[0].nbytes
+            value = made.operands[0]
+        elif made.opcode == "fusion" and len(made.arrays) == 1:
+            inner = _replaced(program, made.called[0], program.roots[made.called[0]])
+            return None if inner is None else total + inner
+        else:
+            return total if made.opcode == "parameter" and total else None

@@ -86,8 +86,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
-        (["--config", "mime.py"], 1, "there is no recipe mime.py; there are configs/ablations/"),
-        (["--config", "configs/portrait.py"], 1, "did you mean 'configs/portraits.py'"),
+        (["--config", "mime.py"], 2, "there is no recipe mime.py; there are configs/ablations/"),
+        (["--config", "configs/portrait.py"], 2, "did you mean 'configs/portraits.py'"),
         ([], 2, "name a recipe: --config FILE; there are configs/ablations/"),
         (["--config", "mine.py", "--optimizer.lerning-rate", "1"], 2, "--optimizer.learning-rate"),
         (["--config", "mine.py", "--optimizer.name", "adamv"], 2, "adamw"),
@@ -98,7 +98,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(recipe, tmp_path):
         (["--config", "mine.py", "--init.weights", "nowhere"], 1, "train.py: there is no folder nowhere, which init.weights names"),
         (["--config", "mine.py", "--init.weights", "configs"], 1, "train.py: configs has no weights of vae"),
         (["--config", "mine.py", "--out", "mine.py"], 1, "train.py: --out mine.py: it is a file; name a folder"),
-        (["--config", "broken.py"], 1, "train.py: broken.py, line 2: KeyError: 'x'"),
+        (["--config", "broken.py"], 2, "train.py: broken.py, line 2: KeyError: 'x'"),
         (["--config", "mine.py", "--distributed"], 1, "train.py: the processes could not join ("),
         (["--config", "mine.py", "--process", "0"], 2, "train.py: --coordinator, --processes and --process go with --distributed"),
         (["--config", "mine.py", "--distributed", "--processes", "2"], 2, "name coordinator, number of processes and this process's number together"),

@@ -198,14 +198,22 @@ def test_slurm_tasks_are_what_jax_looks_for(monkeypatch):
         ([*JOBSET, "--env", "A-B=1"], "--env must be KEY=VALUE"),
         (["jobset", "--name", "Faces", "--image", "i"], "the name 'Faces' must be at most 40 lower-case letters"),
         (["slurm", "--partition", "a\nb"], "--partition must be one line"),
+        (["slurm", "--time", "banana"], "--time is written as 90 (minutes), 12:00:00 or 2-12:00, not 'banana'"),
+        (["tpu-vm", "--name", "faces", "--zone", ""], "--zone is empty"),
+        (
+            ["xpk", "--cluster", "c", "--workload", "w", "--docker-image", "i", "--tpu-type", "big"],
+            "--tpu-type is written as v5litepod-16, not 'big'",
+        ),
+        ([*JOBSET, "--tpu", "x", "--topology", "banana"], "--topology is written as 4x4 or 2x2x4, not 'banana'"),
+        ([*JOBSET, "--tpu", "x", "--topology", "4x4", "--pods", "1"], "a slice of 4x4 has 16 chips, but --pods 1 x --chips 4 are 4"),
     ],
 )
 def test_what_cannot_be_started_is_refused(arguments, message, capsys):
-    assert message in launched(capsys, *arguments, status=1).err
+    assert message in launched(capsys, *arguments, status=2).err
 
 
 def test_without_a_command_or_distributed_it_says_so(capsys):
-    assert main(["slurm"]) == 1
+    assert main(["slurm"]) == 2
     assert "no command: write it behind --" in capsys.readouterr().err
     assert "has no --distributed" in launched(capsys, "slurm", command=["python", "train.py"]).err
     with pytest.raises(SystemExit) as end:

@@ -19,6 +19,7 @@ def test_names() -> None:
         ("v5e:2x2x2", "has 2 axes"),
         ("v5p:4x4", "has 3 axes"),
         ("v5e:0x4", "has 2 axes"),
+        ("v5e:1000x1000", "has 1,000,000 chips; the largest slice of a v5e has 256"),
     ],
 )
 def test_what_is_no_topology_is_refused_with_examples(name: str, message: str) -> None:

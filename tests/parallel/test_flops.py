@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from instantid_jax.nn.splash import splash_attention
-from instantid_jax.parallel.flops import count_flops, executed_flops, kernel_flops
+from instantid_jax.parallel.flops import count_flops, executed_flops, kernel_flops, minimum_flops
 
 
 def counted(function, *shapes):
@@ -81,3 +81,23 @@ def test_kernels_count_in_loops_and_in_the_dearest_branch():
 
     assert kernel_flops(jax.make_jaxpr(lambda x: splash_attention(x, x, x))(q)) == once
     assert kernel_flops(jax.make_jaxpr(loop)(q)) == 5 * once
+
+
+def test_the_least_of_what_trains_nothing_is_what_it_costs_also_on_several_devices():
+    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    rows = jax.sharding.PartitionSpec("data")
+
+    def spread(x, w):
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.shard_map(lambda x: jax.lax.map(lambda row: row @ w, x), in_specs=rows, out_specs=rows, check_vma=False)(x)
+
+    jaxpr = jax.make_jaxpr(spread)(jnp.zeros((8, 3, 4)), jnp.zeros((4, 5)))
+    once = 8 * 2 * 3 * 4 * 5
+    assert count_flops(jaxpr) == minimum_flops(jaxpr, [False, False]) == once
+    assert minimum_flops(jaxpr, [False, True]) == 2 * once
+
+
+def test_a_kernel_has_no_least():
+    q = jnp.zeros((1, 128, 1, 64))
+    with pytest.raises(ValueError, match="count its plain form"):
+        minimum_flops(jax.make_jaxpr(lambda x: splash_attention(x, x, x))(q), [False])

@@ -108,6 +108,62 @@ def test_bytes_are_those_of_hbm_alone() -> None:
     assert costs(parse(LOOP)).hbm_bytes == loop + rest
 
 
+SLICES = """HloModule slices, is_scheduled=true
+
+%kept (p0: bf16[48,4,8], p1: bf16[4,8], p2: s32[], p3: bf16[48,4,8]) -> (bf16[48,4,8], bf16[4,8]) {
+  %p0 = bf16[48,4,8]{2,1,0} parameter(0)
+  %p1 = bf16[4,8]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %p3 = bf16[48,4,8]{2,1,0} parameter(3)
+  %zero.1 = s32[] constant(0)
+  %weight = bf16[1,4,8]{2,1,0} dynamic-slice(%p3, %p2, %zero.1, %zero.1), dynamic_slice_sizes={1,4,8}
+  %flat = bf16[4,8]{1,0} bitcast(%weight)
+  %y = bf16[4,8]{1,0} add(%p1, %flat)
+  %row = bf16[1,4,8]{2,1,0} bitcast(%y)
+  %stack = bf16[48,4,8]{2,1,0} dynamic-update-slice(%p0, %row, %p2, %zero.1, %zero.1)
+  ROOT %both = (bf16[48,4,8]{2,1,0}, bf16[4,8]{1,0}) tuple(%stack, %y)
+}
+
+%wrapped (g: bf16[4,8]) -> bf16[64,8] {
+  %g = bf16[4,8]{1,0} parameter(0)
+  ROOT %ag = bf16[64,8]{1,0} all-gather(%g), replica_groups=[1,16]<=[16], dimensions={0}
+}
+
+ENTRY %main (a: bf16[48,4,8], b: bf16[4,8], i: s32[], c: bf16[48,4,8]) -> bf16[48,4,8] {
+  %a = bf16[48,4,8]{2,1,0} parameter(0)
+  %b = bf16[4,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %c = bf16[48,4,8]{2,1,0} parameter(3)
+  %zero = s32[] constant(0)
+  %turn = (bf16[48,4,8]{2,1,0}, bf16[4,8]{1,0}) fusion(%a, %b, %i, %c), kind=kLoop, calls=%kept
+  %piece = ((bf16[48,4,8]{2,1,0}), bf16[1,4,8]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%c), slice={[0:1], [0:4], [0:8]}
+  %held = bf16[1,4,8]{2,1,0:S(1)} slice-done(%piece)
+  %placed = bf16[48,4,8]{2,1,0} dynamic-update-slice(%a, %held, %i, %zero, %zero)
+  %room = bf16[48,4,8]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %begun = ((bf16[4,8]{1,0}), bf16[64,8]{1,0}, u32[]) async-start(%b), calls=%wrapped
+  %ended = bf16[64,8]{1,0} async-done(%begun), calls=%wrapped
+  %after = token[] after-all()
+  %send = (bf16[4,8]{1,0}, u32[], token[]) send(%b, %after), frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %everyone = bf16[4,8]{1,0} all-reduce(%b), replica_groups={}, to_apply=%add
+  ROOT %out = bf16[48,4,8]{2,1,0} get-tuple-element(%turn), index=0
+}
+"""
+
+
+def test_of_what_is_sliced_or_replaced_in_part_the_part_moves() -> None:
+    row = 4 * 8 * 2
+    turn = 2 * row + 2 * row + 4  # reads a weight, its input and the index, writes a row of the stack and its result
+    gather = row + 16 * row
+    assert costs(parse(SLICES)).hbm_bytes == turn + row + row + gather + row + 2 * row  # piece, placed, gather, send, sum
+
+
+def test_what_goes_to_other_slices_is_sent_or_reduced_by_all() -> None:
+    found = costs(parse(SLICES), slice_size=8)
+    row = 4 * 8 * 2
+    assert found.collectives == {"all-gather": 16 * row, "send": row, "all-reduce": row}
+    assert found.crossing == 16 * row + row + row
+
+
 @pytest.mark.parametrize(
     ("size", "kernel", "out", "stride", "low", "holes"), [(8, 3, 8, 1, 1, 1), (9, 3, 5, 2, 1, 1), (4, 3, 8, 1, 1, 2), (8, 3, 4, 2, 0, 1)]
 )
