@@ -43,6 +43,11 @@ class CompiledStep(NamedTuple):
     """How long compiling took."""
 
 
+_TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**20}
+"""Gradients of split weights are computed and then summed, not summed piece by piece between products of a device's few rows: those leave
+most of a chip's matrix unit idle, and cost 6 % more operations and 11 % more cycles by the compiler's count (docs/scale.md)."""
+
+
 class Program:
     """What is the same in every run of a configuration on a mesh."""
 
@@ -61,13 +66,19 @@ class Program:
         places = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         self.initial_state = jax.jit(self._initial, out_shardings=places)
         step, evaluation = self._on_mesh(make_step(self.objective, config, self.optimizer)), self._on_mesh(make_evaluation(self.objective))
-        self.step = jax.jit(step, donate_argnums=0, out_shardings=(places, replicated))
+        device = self._abstract_mesh.abstract_device
+        options = _TPU_OPTIONS if device is not None and device.platform == "tpu" else None
+        self.step = jax.jit(step, donate_argnums=0, out_shardings=(places, replicated), compiler_options=options)
         self.evaluate = jax.jit(evaluation, out_shardings=replicated)
         self._compiled: dict[Any, CompiledStep] = {}
 
+    @property
+    def _abstract_mesh(self) -> AbstractMesh:
+        return self.mesh if isinstance(self.mesh, AbstractMesh) else self.mesh.abstract_mesh
+
     def _on_mesh(self, function: Function) -> Function:
         """`function`, traced where layers see the mesh (`nn.placement`)."""
-        mesh = self.mesh if isinstance(self.mesh, AbstractMesh) else self.mesh.abstract_mesh
+        mesh = self._abstract_mesh
 
         @functools.wraps(function)
         def traced(*arguments: Any) -> Any:
