@@ -6,6 +6,7 @@ For queries of 4096 and 1024 tokens, two rows, bfloat16: millions of cycles, and
 The compiler estimates no cycles within a kernel: its operations are added at half the chip's peak, an assumption. Needs libtpu.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ KEYS = (128, 256, 512, 1024, 4096)
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     jax.config.update("jax_platforms", "cpu")
     chip, devices = topology_devices("v5e:1x1")
     mesh = device_mesh(devices, 1, 1, 1)

@@ -25,7 +25,10 @@ POLICIES = ("none", "dots", "blocks", "offload", "full")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/instantid.py")
-    recipe = load_recipe(parser.parse_args().config)
+    try:
+        recipe = load_recipe(parser.parse_args().config)
+    except ValueError as error:
+        parser.error(str(error))
     recipe = dataclasses.replace(recipe, loader=dataclasses.replace(recipe.loader, global_batch=1))
     print("| policy | TFLOP a picture | / minimum |\n| --- | --- | --- |")
     for policy in POLICIES:

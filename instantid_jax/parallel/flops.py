@@ -58,7 +58,7 @@ def minimum_flops(jaxpr: Any, trained: Sequence[bool]) -> float:
 
     A product costs once for its result and once more for the gradient of each operand that depends on a trained input: a
     frozen layer behind a trained one twice, a trained one three times, one that no trained input reaches once. Raises
-    ValueError for a kernel.
+    ValueError for a kernel behind a trained input.
     """
     return _minimum(getattr(jaxpr, "jaxpr", jaxpr), list(trained))[0]
 
@@ -84,7 +84,9 @@ def _minimum(jaxpr: Any, trained: list[bool]) -> tuple[float, list[bool]]:
             flops, outputs = _minimum(parameters["jaxpr"], inputs)
             total += parameters["mesh"].size * flops
         elif name == "pallas_call":
-            raise ValueError("the least that a Pallas kernel costs is not known from its text: count its plain form")
+            if any(inputs):
+                raise ValueError("the least that a Pallas kernel's gradient costs is not known from its text: count its plain form")
+            total += math.prod(parameters["grid_mapping"].grid) * count_flops(parameters["jaxpr"])
         elif name == "stop_gradient":
             outputs = [False] * len(equation.outvars)
         elif inner := _inner(parameters):
