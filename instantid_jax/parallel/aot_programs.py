@@ -55,6 +55,7 @@ class Stage(NamedTuple):
         """The fewest FLOPs that do its work, over all devices: those of the networks as they are defined, each product once.
 
         No device's own forms count (its kernels, convolutions as matrix products, weights that are gathered), nor what it pads or makes twice.
+        Not for within `jax.set_mesh`, as it is traced for a mesh of its own.
         """
         function, arguments = (self.function, self.arguments) if self.loss is None else self.loss
         device = jax.sharding.AbstractDevice("any", None, "any")

@@ -144,7 +144,7 @@ def test_jobs_have_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     (path,) = (tmp_path / "out" / "me").iterdir()
     assert read_settings(path)["preprocessor_sha256"] == [file_digest(model)]
     (tmp_path / "jobs.jsonl").write_text(json.dumps(job))
-    assert sample.main([*arguments, "--out", str(tmp_path / "out")]) == 1
+    assert sample.main([*arguments, "--out", str(tmp_path / "out")]) == 2
     assert "line 1: control_model has 0 files, control_preprocess asks for 1" in capsys.readouterr().err
 
 

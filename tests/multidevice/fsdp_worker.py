@@ -28,9 +28,9 @@ def main(remat):
     mesh = make_mesh(fsdp=8)
     program = Program(recipe, mesh)
     (stage,) = train_stages(recipe, mesh)
+    minimum = stage.minimum() / mesh.size
     with jax.set_mesh(mesh):
         traced = stage.function.trace(*stage.arguments)
-        minimum = stage.minimum(traced) / mesh.size
         work = hlo.costs(hlo.parse(traced.lower().compile().as_text()))
 
     def split(tree):

@@ -27,9 +27,9 @@ RECORDED = json.loads((ROOT / "docs/scale.json").read_text(encoding="utf-8"))
 def test_every_recorded_case_has_the_figures_that_are_promised() -> None:
     wanted = {"hbm_peak_bytes", "hbm_limit_bytes", "flops", "flops_minimum", "compile_seconds", "estimated_cycles", "collective_bytes"}
     assert set(scale.CASES) >= RECORDED.keys() >= {name for name in scale.CASES if name.startswith("small_")}
-    recorded = {(scale.CASES[name].program, scale.CASES[name].topology) for name in RECORDED}
+    recorded = {(scale.CASES[name].program, scale.CASES[name].topology) for name in RECORDED if RECORDED[name]["fits"]}
     assert {("sample", "v5e:1x1"), ("sample", "v5e:4x4")} <= recorded
-    assert {("train", topology) for topology in ("v5e:2x2", "v5e:4x4", "v5e:16x16", "v6e:4x4", "v5p:2x2x2")} <= recorded
+    assert {("train", topology) for topology in ("v5e:2x2", "v5e:4x4", "v5e:16x16", "v6e:4x4", "v5p:2x2x2", "2*v5e:4x4")} <= recorded
     for name, result in RECORDED.items():
         assert wanted <= result.keys(), name
         assert result["fits"] == (result["hbm_peak_bytes"] <= result["hbm_limit_bytes"]), name
