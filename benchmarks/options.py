@@ -30,6 +30,7 @@ from instantid_jax.denoise import Conditions, Denoiser
 from instantid_jax.face import load_analyzer
 from instantid_jax.models import build_networks
 from instantid_jax.models.encoder import AddedConditions
+from instantid_jax.nn.platform import as_defined
 from instantid_jax.parallel.flops import executed_flops
 from instantid_jax.pipeline import InstantIDPipeline, check_call
 
@@ -80,7 +81,8 @@ def operations(denoiser: Denoiser, solver: Any, guided: bool, dynamic: tuple[Any
     def run(dynamic: Any, pace: Any) -> jax.Array:
         return programs.denoise(denoiser, solver, guided, *dynamic, pace, None, False, shortcuts)
 
-    return executed_flops(jax.make_jaxpr(run)(dynamic, pace), jax.tree.leaves((dynamic, pace)))
+    with as_defined():
+        return executed_flops(jax.make_jaxpr(run)(dynamic, pace), jax.tree.leaves((dynamic, pace)))
 
 
 @functools.cache
@@ -92,8 +94,9 @@ def pipeline(**loading: Any) -> InstantIDPipeline:
 def draw(line: Line, analyzer: Any) -> tuple[np.ndarray, np.ndarray]:
     """Latents and pictures of everybody by the small model."""
     pipe = pipeline(**line.loading)
-    rows = draw_people(pipe, analyzer, CALL | line.settings | {"output_type": "latent"}, None, None).rows  # type: ignore[arg-type]
-    latents = np.concatenate([row[-1] for row in rows])
+    prompts = [("photo", {"prompt": CALL["prompt"], "negative_prompt": None})]
+    rows = draw_people(pipe, analyzer, CALL | line.settings | {"output_type": "latent"}, prompts, None, lambda _: None).rows
+    latents = np.concatenate([np.asarray(row[-1]) for row in rows])
     return latents, np.asarray(programs.decode(pipe.networks["vae"], pipe.parameters["vae"], latents))
 
 

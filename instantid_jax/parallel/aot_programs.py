@@ -18,8 +18,9 @@ from instantid_jax.diffusion import make_sampler
 from instantid_jax.models import FROZEN, TRAINABLE, build_networks
 from instantid_jax.models.encoder import AddedConditions, IdentityContext, TextContext
 from instantid_jax.models.unet import Residuals
+from instantid_jax.nn.platform import as_defined
 from instantid_jax.parallel.flops import minimum_flops
-from instantid_jax.parallel.mesh import AXES, batch_sharding
+from instantid_jax.parallel.mesh import batch_sharding
 from instantid_jax.parallel.rules import shardings
 from instantid_jax.paths import flatten, map_paths
 
@@ -55,11 +56,10 @@ class Stage(NamedTuple):
         """The fewest FLOPs that do its work, over all devices: those of the networks as they are defined, each product once.
 
         No device's own forms count (its kernels, convolutions as matrix products, weights that are gathered), nor what it pads or makes twice.
-        Not for within `jax.set_mesh`, as it is traced for a mesh of its own.
+        Not for within a mesh.
         """
         function, arguments = (self.function, self.arguments) if self.loss is None else self.loss
-        device = jax.sharding.AbstractDevice("any", None, "any")
-        with jax.sharding.use_abstract_mesh(AbstractMesh((1,) * len(AXES), AXES, abstract_device=device)):
+        with as_defined():
             anywhere = [jax.tree.map(_nowhere, argument) for argument in arguments]
             if self.loss is None:
                 jaxpr = function.trace(*anywhere).jaxpr
