@@ -51,6 +51,7 @@ CASES: dict[str, Case] = {
     "train_v5e_16": Case("v5e:4x4", "train", ("--remat", "blocks")),
     "train_v5e_16_plain": Case("v5e:4x4", "train", ("--remat", "none")),
     "train_v5e_256": Case("v5e:16x16", "train", ("--remat", "blocks", "--data", "16", "--fsdp", "16")),
+    "train_v5e_256_large": Case("v5e:16x16", "train", ("--remat", "blocks", "--batch", "512", "--data", "16", "--fsdp", "16")),
     "train_v6e_16_plain": Case("v6e:4x4", "train", ("--remat", "none")),
     "train_v6e_16": Case("v6e:4x4", "train", ("--remat", "blocks", "--batch", "32")),
     "train_v6e_16_large": Case("v6e:4x4", "train", ("--remat", "blocks", "--batch", "96")),
