@@ -10,6 +10,7 @@
     train                 one training step of a model of 0.3 billion parameters, latents of 32 x 32, batch of two
     picture               one picture of the model that comes along, 20 steps, in a running process
     start_cold, start     from process start to that picture: with an empty compile cache, and with a filled one
+    sample_cold, sample   the same of `sample.py`, from a photo to a file; diffusers has no such program, so ours alone
 
 Each side runs in a process of its own, so that one framework and one copy of the weights are in memory at a time. The processes take turns
 (`--rounds`), each takes every case several times after one untimed call, and medians over all are compared: ratio = PyTorch's seconds over
@@ -36,7 +37,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "parity"), str(ROOT / "benchmarks")]
 
-CASES = ("step_256", "step_512", "vae_512", "text", "train", "picture", "start_cold", "start")
+CASES = ("step_256", "step_512", "vae_512", "text", "train", "picture", "start_cold", "start", "sample_cold", "sample")
 BOUND = 1e-4
 TOKENS = 16
 STEPS = 20  # of a picture of the small model
@@ -478,6 +479,8 @@ def compare(case: str, options: argparse.Namespace, folder: Path) -> Result:
     """Both sides in turn: medians, their ratio, and how far the outputs are apart."""
     if case.startswith("start"):
         return compare_starts(case, options, folder)
+    if case.startswith("sample"):
+        return sample(case, folder)
     seconds: dict[str, list[float]] = {"torch": [], "jax": []}
     told: Result = {}
     outputs: dict[str, Any] = {}
@@ -508,6 +511,44 @@ def compare_starts(case: str, options: argparse.Namespace, folder: Path) -> Resu
     return {"ours_s": ours, "pytorch_s": theirs, "ratio": theirs / ours, "calls": 1}
 
 
+def sample(case: str, folder: Path) -> Result:
+    """From the start of `sample.py` to its end: finds and describes the face of a photo, draws, writes."""
+    cache = folder / "cache_of_sample"
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR=str(cache))
+    photo = ROOT / "instantid_jax/assets/portraits/people/person_1.png"
+
+    def seconds() -> float:
+        command = [
+            sys.executable,
+            "sample.py",
+            "--face",
+            str(photo),
+            "--prompt",
+            "a photo",
+            "--steps",
+            str(STEPS),
+            "--out",
+            f"{folder}/{time.time_ns()}",
+        ]
+        started = time.perf_counter()
+        subprocess.run(command, check=True, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - started
+
+    if case == "sample_cold":
+        shutil.rmtree(cache, ignore_errors=True)
+    else:
+        seconds()
+    return {"ours_s": seconds(), "pytorch_s": None, "ratio": None, "calls": 1}
+
+
+def line(case: str, figures: Result) -> str:
+    """What is printed of a case."""
+    text = f"{case:12} ours {figures['ours_s']:8.3f} s"
+    if figures["pytorch_s"] is not None:
+        text += f"  PyTorch {figures['pytorch_s']:8.3f} s  ratio {figures['ratio']:.2f}"
+    return text + (f"  apart {figures['max_error']:.1e}" if "max_error" in figures else "")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
@@ -531,9 +572,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for case in options.only:
             figures[case] = compare(case, options, Path(folder))
-            f = figures[case]
-            error = f"  apart {f['max_error']:.1e}" if "max_error" in f else ""
-            print(f"{case:12} ours {f['ours_s']:8.3f} s  PyTorch {f['pytorch_s']:8.3f} s  ratio {f['ratio']:.2f}{error}", flush=True)
+            print(line(case, figures[case]), flush=True)
             if options.json:
                 options.json.write_text(json.dumps(figures, indent=1) + "\n")
     return int(any(f.get("max_error", 0) > BOUND for f in figures.values()))
