@@ -249,8 +249,11 @@ def recount(plan: Plan, recorded: dict[str, Any], dump: Path) -> dict[str, Any]:
     jax.config.update("jax_platforms", "cpu")
     chip, mesh = make_plan_mesh(plan)
     slices = parse_topology(plan.topology)[2]
+    programs, planned, figures = recorded.get("programs", ()), list(stages(plan, mesh)), {field.name for field in dataclasses.fields(StageReport)}
+    if [old.get("name") for old in programs] != [stage.name for stage in planned] or any(old.keys() != figures for old in programs):
+        raise TopologyError("--recount needs the figures that --json wrote for this plan, and the file has other ones")
     reports = []
-    for stage, old in zip(stages(plan, mesh), recorded["programs"], strict=True):
+    for stage, old in zip(planned, programs, strict=True):
         found = {"flops_minimum": stage.minimum() / mesh.size, "collective_minimum_bytes": stage.collective_minimum}
         found["largest_replicated_bytes"] = stage.largest_whole
         if old["error"] is None:

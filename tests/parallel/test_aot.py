@@ -116,6 +116,10 @@ def test_texts_that_were_kept_are_read_again(tmp_path: Path, monkeypatch: pytest
     capsys.readouterr()
     assert aot.main([*plan[:-2], "--recount", str(first)]) == 2
     assert capsys.readouterr().err == "aot: --recount needs the folder of the texts: --dump DIR\n"
+    for other in ({}, {"programs": []}, {"programs": [{"name": "unet"}]}):
+        first.write_text(json.dumps(other))
+        assert aot.main([*plan, "--recount", str(first)]) == 2
+        assert "the figures that --json wrote for this plan, and the file has other ones" in capsys.readouterr().err
 
 
 def test_a_recipe_of_two_slices_is_planned_for_two_slices() -> None:
