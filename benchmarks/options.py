@@ -79,7 +79,7 @@ def operations(denoiser: Denoiser, solver: Any, guided: bool, dynamic: tuple[Any
     """Of one run of the denoising program; `dynamic` are its arguments from `parameters` to `guidance_rescale`, arrays or shapes."""
 
     def run(dynamic: Any, pace: Any) -> jax.Array:
-        return programs.denoise(denoiser, solver, guided, *dynamic, pace, None, False, shortcuts)
+        return programs.denoise(denoiser, solver, guided, *dynamic, pace, None, shortcuts)
 
     with as_defined():
         return executed_flops(jax.make_jaxpr(run)(dynamic, pace), jax.tree.leaves((dynamic, pace)))

@@ -6,22 +6,22 @@
     denoise          noise and conditions    -> latents          (one `lax.scan` over the steps)
     decode           latents                 -> pictures in [0, 1]
 
-They are pure, but that a watched `denoise` reports its progress to the listener of `watching`. Static, so that another value
+They are pure; `denoise_watched`, which reports its progress, is the same loop with a program a call. Static, so that another value
 compiles anew, are the networks, all shapes (sizes, batch, length of the text), the sampler with its options, the number of
 steps, and whether there is guidance and of how many branches, a mask of the text, a control mask, a picture to begin with, a mask of what is
-redrawn in it, somebody who watches, shortcuts, and strengths by layer or place. Everything else that a user changes between pictures is
+redrawn in it, shortcuts, and strengths by layer or place. Everything else that a user changes between pictures is
 traced: prompts, seeds, strengths and their schedules, windows, masks, pictures. A second call with other values compiles nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from instantid_jax.diffusion import Plan, Sampler
@@ -40,12 +40,12 @@ __all__ = [
     "control_masks",
     "decode",
     "denoise",
+    "denoise_watched",
     "encode",
     "encode_identity",
     "encode_text",
     "encoding_noise",
     "initial_noise",
-    "watching",
 ]
 
 Parameters = dict[str, Any]
@@ -201,44 +201,24 @@ def _bilinear_taps(old: int, new: int) -> Array:
     return jax.nn.one_hot(low, old) * (1 - weight) + jax.nn.one_hot(high, old) * weight
 
 
-_listeners: list[Callable[[int], None]] = []
+_STATIC = ("denoiser", "sampler", "guided", "shortcuts")
 
 
-@contextlib.contextmanager
-def watching(listener: Callable[[int], None] | None) -> Iterator[bool]:
-    """Within this context `listener` is called with the number of each model call that a `denoise(watched=True)` makes.
+class Run(NamedTuple):
+    """What is computed before the first call of a run, and does not change from call to call."""
 
-    The listener is no argument of the compiled program, so another one compiles nothing. A running program cannot be
-    stopped: what the listener raises ends its calls, and is raised at the end of this context.
-    """
-    if listener is None:
-        yield False
-        return
-    failures: list[Exception] = []
-
-    def heard(index: int) -> None:
-        if not failures:
-            try:
-                listener(index)
-            except Exception as failure:  # whatever the caller's code raises is the caller's to see, not the runtime's
-                failures.append(failure)
-
-    _listeners.append(heard)
-    try:
-        yield True
-        jax.effects_barrier()
-    finally:
-        _listeners.remove(heard)
-    if failures:
-        raise failures[0]
+    unet: Parameters | None
+    """The UNet's parameters with LoRAs added; None where there are none."""
+    fixed: Fixed
+    items: Any
+    """Of all calls: rows of the plan, of an `Edit` the following ones too, `prediction.Call`, numbers."""
+    keys: Array
+    guidance_scale: Array
+    guidance_rescale: Array
+    edit: Edit | None
 
 
-def _report(index: Array) -> None:
-    for listener in _listeners:
-        listener(int(index))
-
-
-@functools.partial(jax.jit, static_argnames=("denoiser", "sampler", "guided", "watched", "shortcuts"), donate_argnames=("latents",))
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("latents",))
 def denoise(
     denoiser: Denoiser,
     sampler: Sampler,
@@ -252,26 +232,60 @@ def denoise(
     guidance_rescale: Array,
     pace: Pace | None = None,
     edit: Edit | None = None,
-    watched: bool = False,
     shortcuts: Shortcuts = Shortcuts(),  # noqa: B008 (immutable)
 ) -> Array:
     """Latents of pictures from noise [b, h, w, c] that is already at the plan's first noise level, and that is used up.
 
     `parameters` holds the weights under "unet", "adapter", "identitynet" and "controlnets" (a tuple), and under "loras" what
     `lora.apply_loras` adds to the UNet's. With `guided` the conditions are two or three times as long as the latents (`Conditions`). With
-    `watched` the running program reports each model call to the listener that `watching` has set. With `shortcuts` it leaves
-    work out as `pace` says (`prediction`). With `edit` a picture is changed: `latents` are that picture with noise (or, with a mask, noise
-    alone), and only the plan's first calls are made.
+    `shortcuts` it leaves work out as `pace` says (`prediction`). With `edit` a picture is changed: `latents` are that picture with noise
+    (or, with a mask, noise alone), and only the plan's first calls are made.
     """
-    unet = denoiser.unet.bind(apply_loras(parameters["unet"], parameters.get("loras", ())))
-    nets = [denoiser.identitynet.bind(parameters["identitynet"])]
-    nets += [n.bind(p) for n, p in zip(denoiser.controlnets, parameters.get("controlnets", ()), strict=True)]
+    inputs = Inputs(conditions, latents, seeds, plan, guidance_scale, guidance_rescale, pace, edit)
+    run, carry = _begin(denoiser, sampler, guided, parameters, inputs, shortcuts)
+    branches = _branches(guided, conditions, latents)
+    advance = functools.partial(_advance, denoiser, sampler, branches, parameters, shortcuts, run)
+    if edit is None:
+        return jax.lax.scan(lambda carry, item: (advance(carry, item), None), carry, run.items)[0][0].sample
+    return jax.lax.fori_loop(0, edit.count, lambda index, carry: advance(carry, _item(run, index)), carry)[0].sample
+
+
+def denoise_watched(
+    denoiser: Denoiser, sampler: Sampler, guided: bool, parameters: Parameters, inputs: Inputs, shortcuts: Shortcuts, on_call: Callable[[int], None]
+) -> Array:
+    """The latents of `denoise`, from a program a call; `on_call` gets the number of each finished one, and may end the run by raising.
+
+    The device is given the next call before the one that it computes is waited for. One program that calls back would not be kept by
+    JAX's compilation cache.
+    """
+    count = inputs.plan.num_calls if inputs.edit is None else int(inputs.edit.count)
+    branches = _branches(guided, inputs.conditions, inputs.latents)
+    run, carry = _begin_alone(denoiser, sampler, guided, parameters, inputs, shortcuts)
+    finished: Array | None = None
+    for index in range(count):
+        carry, following = _advance_alone(denoiser, sampler, branches, shortcuts, parameters, run, carry, np.int32(index))
+        if finished is not None:
+            finished.block_until_ready()
+            on_call(index - 1)
+        finished = following
+    if finished is not None:
+        finished.block_until_ready()
+        on_call(count - 1)
+    return carry[0].sample
+
+
+def _branches(guided: bool, conditions: Conditions, latents: Array) -> int:
+    return conditions.text.shape[0] // latents.shape[0] if guided else 1
+
+
+def _begin(denoiser: Denoiser, sampler: Sampler, guided: bool, parameters: Parameters, inputs: Inputs, shortcuts: Shortcuts) -> tuple[Run, Any]:
+    """What does not depend on the latents, keys and values of text and identity, features of the pictures, masks, and the embeddings of
+    all times; and what the first call begins with: the sampler's state and the memory of shortcuts."""
+    conditions, latents, plan = inputs.conditions, inputs.latents, inputs.plan
+    changed = apply_loras(parameters["unet"], parameters["loras"]) if parameters.get("loras") else None
+    unet, nets = _networks(denoiser, parameters, changed)
     adapter = denoiser.adapter.bind(parameters["adapter"])
     batch = conditions.text.shape[0]
-    branches = batch // latents.shape[0] if guided else 1
-
-    # What does not depend on the latents is computed before the loop: keys and values of text and identity, features of the
-    # pictures, masks, and the embeddings of all times.
     several = conditions.identity_tokens.ndim == 4
     project, attended, embed = nets[0].project_context, adapter, nets[0].embed_condition
     if several:
@@ -291,34 +305,52 @@ def denoise(
         masks=None if mask is None else control_masks(mask, (latents.shape[1], latents.shape[2]), levels),
     )
     times = tuple(jax.lax.map(functools.partial(_embed, net, conditions.added, batch), plan.rows["timestep"]) for net in (unet, *nets))
-    calls = plan_calls(shortcuts, pace, times, conditions.control_scales, conditions.adapter_scale)
-    predictor = Predictor(unet, tuple(nets), fixed, shortcuts)
-    keys = picture_keys(seeds)
-
-    def advance(carry: Any, item: Any) -> Any:
-        (state, memory), (row, _, call, index) = carry, item
-        x = sampler.model_input(state, row)
-        memory, output = guide(predictor, branches, memory, x, call, guidance_scale, guidance_rescale)
-        noise = _normal(keys, index + 1, latents.shape[1:]) if plan.needs_noise else None
-        if watched:
-            jax.debug.callback(_report, index)
-        return sampler.step(state, output, row, noise), memory
-
+    calls = plan_calls(shortcuts, inputs.pace, times, conditions.control_scales, conditions.adapter_scale)
     state = sampler.init(latents)
     first = jax.tree.map(lambda a: a[0], (plan.rows, calls))
     x = sampler.model_input(state, first[0])
-    memory = predictor.empty(jnp.concatenate([x] * branches), first[1])
-    following = {name: jnp.concatenate([column[1:], column[-1:]]) for name, column in plan.rows.items()} if edit is not None else None
+    memory = Predictor(unet, nets, fixed, shortcuts).empty(jnp.concatenate([x] * _branches(guided, conditions, latents)), first[1])
+    following = None if inputs.edit is None else {name: jnp.concatenate([column[1:], column[-1:]]) for name, column in plan.rows.items()}
     items = plan.rows, following, calls, jnp.arange(plan.num_calls)
-    if edit is None:
-        (state, _), _ = jax.lax.scan(lambda carry, item: (advance(carry, item), None), (state, memory), items)
-        return state.sample
+    run = Run(changed, fixed, items, picture_keys(inputs.seeds), inputs.guidance_scale, inputs.guidance_rescale, inputs.edit)
+    return run, (state, memory)
 
-    def advance_edit(index: Array, carry: Any) -> Any:
-        item = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), items)
-        return _edited(edit, sampler, advance(carry, item), item)
 
-    return jax.lax.fori_loop(0, edit.count, advance_edit, (state, memory))[0].sample
+def _advance(
+    denoiser: Denoiser, sampler: Sampler, branches: int, parameters: Parameters, shortcuts: Shortcuts, run: Run, carry: Any, item: Any
+) -> tuple[Any, Any]:
+    """One call: the sampler's state and the memory after it."""
+    (state, memory), (row, _, call, index) = carry, item
+    predictor = Predictor(*_networks(denoiser, parameters, run.unet), run.fixed, shortcuts)
+    x = sampler.model_input(state, row)
+    memory, output = guide(predictor, branches, memory, x, call, run.guidance_scale, run.guidance_rescale)
+    noise = _normal(run.keys, index + 1, state.sample.shape[1:]) if sampler.needs_noise else None
+    carry = sampler.step(state, output, row, noise), memory
+    return carry if run.edit is None else _edited(run.edit, sampler, carry, item)
+
+
+def _item(run: Run, index: Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), run.items)
+
+
+_begin_alone = functools.partial(jax.jit, static_argnames=_STATIC)(_begin)
+
+
+@functools.partial(jax.jit, static_argnames=("denoiser", "sampler", "branches", "shortcuts"), donate_argnames=("carry",))
+def _advance_alone(
+    denoiser: Denoiser, sampler: Sampler, branches: int, shortcuts: Shortcuts, parameters: Parameters, run: Run, carry: Any, index: Array
+) -> tuple[Any, Array]:
+    """The carry after call number `index`, and a number that is there when it is."""
+    carry = _advance(denoiser, sampler, branches, parameters, shortcuts, run, carry, _item(run, index))
+    return carry, carry[0].sample.reshape(-1)[0]
+
+
+def _networks(denoiser: Denoiser, parameters: Parameters, changed: Parameters | None) -> tuple[Any, tuple[Any, ...]]:
+    """UNet and ControlNets, IdentityNet first, with their parameters; `changed` are the UNet's with LoRAs."""
+    unet = denoiser.unet.bind(parameters["unet"] if changed is None else changed)
+    nets = [denoiser.identitynet.bind(parameters["identitynet"])]
+    nets += [n.bind(p) for n, p in zip(denoiser.controlnets, parameters.get("controlnets", ()), strict=True)]
+    return unet, tuple(nets)
 
 
 def _edited(edit: Edit, sampler: Sampler, carry: Any, item: Any) -> Any:

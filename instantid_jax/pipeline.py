@@ -335,7 +335,7 @@ class InstantIDPipeline:
             vae_tiling: decodes large pictures in tiles: "even" is nearer to the picture without, "diffusers" is diffusers' own layout.
             vae_tile_size: side of a tile in pixels, a multiple of four latent pixels; the size that the autoencoder was trained for by default.
             output_type: "pil", "np" or "latent".
-            on_step: called with the number of each finished model call. What it raises is raised here, after the last call.
+            on_step: called with the number of each finished model call. What it raises ends the run and is raised here.
             foreign: nothing is taken; a name of diffusers' is refused with what to use instead.
 
         Raises:
@@ -351,8 +351,12 @@ class InstantIDPipeline:
         inputs = self.prepare(request, image, image_embeds, control_mask, latents, people=people, max_people=max_people, initial=initial)
         placed = None if initial is None else initial.placed(request, self._size(inputs))
         denoiser, weights = self.denoiser()
-        with self._on_mesh(), programs.watching(on_step) as watched:
-            out = programs.denoise(denoiser, request.solver, request.guided, weights, *self._spread(inputs), watched, request.shortcuts)
+        static, inputs, shortcuts = (denoiser, request.solver, request.guided), self._spread(inputs), request.shortcuts
+        with self._on_mesh():
+            if on_step is None:
+                out = programs.denoise(*static, weights, *inputs, shortcuts=shortcuts)
+            else:
+                out = programs.denoise_watched(*static, weights, inputs, shortcuts, on_step)
         return PipelineOutput(self._finish(out, output_type, request.tiling, placed))
 
     def denoiser(self) -> tuple[Denoiser, dict[str, Any]]:

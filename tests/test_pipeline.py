@@ -108,7 +108,7 @@ QUICK = ("euler", "euler_a", "dpmpp_2m", "unipc")  # the others' arithmetic is h
 
 @pytest.mark.parametrize("sampler", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS])
 def test_every_sampler_runs_and_repeats(pipe: InstantIDPipeline, sampler: str) -> None:
-    first, second = (make(pipe, sampler=sampler, output_type="latent") for _ in range(2))
+    first, second = (make(pipe, sampler=sampler, output_type="latent", on_step=listener) for listener in (None, lambda _: None))
     assert np.isfinite(first).all()
     np.testing.assert_array_equal(first, second)
 
@@ -151,11 +151,24 @@ def test_words_beyond_the_window_are_named(pipe: InstantIDPipeline) -> None:
         make(pipe, prompt="a " * 75 + "and a red hat")
 
 
-def test_steps_are_reported(pipe: InstantIDPipeline) -> None:
+@pytest.mark.parametrize("changes", [{}, {"cache_interval": 2, "cache_branch_id": 1, "control_interval": 2, "guidance_end": 0.5}])
+def test_a_watched_run_gives_the_same_picture(pipe: InstantIDPipeline, changes: dict[str, Any], compilations: Any) -> None:
+    changes = changes | {"sampler": "euler_a", "output_type": "latent"}
     seen: list[int] = []
-    make(pipe, on_step=seen.append)
-    assert sorted(seen) == [0, 1, 2]
-    assert programs._listeners == []
+    watched = make(pipe, on_step=seen.append, **changes)
+    assert seen == [0, 1, 2]
+    np.testing.assert_array_equal(watched, make(pipe, **changes))
+    with compilations() as compiled:
+        make(pipe, on_step=seen.append, seed=1, **changes)
+    assert compiled == []
+
+
+def test_a_watched_edit_makes_its_own_calls_alone(pipe: InstantIDPipeline) -> None:
+    changes = {"init_image": draw_kps((64, 64), KPS), "mask_image": np.eye(64), "strength": 0.7, "output_type": "latent"}
+    seen: list[int] = []
+    watched = make(pipe, on_step=seen.append, **changes)
+    assert seen == [0, 1]
+    np.testing.assert_array_equal(watched, make(pipe, **changes))
 
 
 def test_given_latents_replace_the_seed(pipe: InstantIDPipeline) -> None:

@@ -95,7 +95,7 @@ def arguments(c: Case, shortcuts: Shortcuts, speed: Pace | None) -> tuple[Any, .
 
 
 def call(guided: bool, dynamic: Any, shortcuts: Shortcuts, speed: Pace | None) -> jax.Array:
-    return programs.denoise(DENOISER, SAMPLER, guided, *dynamic, speed, None, False, shortcuts)
+    return programs.denoise(DENOISER, SAMPLER, guided, *dynamic, speed, None, shortcuts)
 
 
 def run(c: Case, shortcuts: Shortcuts = EXACT, speed: Pace | None = None, guided: bool = True) -> np.ndarray:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instantid_jax import denoise as programs
 from instantid_jax.config import ComputeConfig, ModelConfig, tiny
 from instantid_jax.foreign import CALL, LOADING, METHODS
 from instantid_jax.models import build_networks
@@ -137,7 +136,4 @@ def test_what_a_listener_raises_reaches_the_caller(pipe: InstantIDPipeline) -> N
 
     with pytest.raises(KeyError, match="mine"):
         make(pipe, on_step=broken)
-    assert len(calls) == 1 and programs._listeners == []
-    seen: list[int] = []
-    make(pipe, on_step=seen.append)
-    assert sorted(seen) == [0, 1]
+    assert calls == [0]

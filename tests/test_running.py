@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from instantid_jax.running import lease
 
 
@@ -51,3 +53,22 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
     done = compile_once(XDG_CACHE_HOME=str(tmp_path / "file"))
     assert done.stdout.split() == ["None"] and done.stderr.startswith("compiled programs are not kept: ")
+
+
+DRAWS = """
+import numpy as np
+from instantid_jax.defaults import random_pipeline
+from instantid_jax.running import keep_compiled
+keep_compiled()
+pipe = random_pipeline()
+picture, face = np.zeros((64, 64, 3), np.uint8), np.ones(pipe.config.resampler.embedding_dim, np.float32)
+pipe("a person", picture, face, num_inference_steps=2, height=64, width=64, on_step=lambda index: None)
+"""
+
+
+@pytest.mark.slow
+def test_the_denoising_program_of_a_watched_picture_is_kept(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", DRAWS], env=environment, check=True)
+    kept = {file.name.split("-")[0] for file in (tmp_path / "instantid_jax").iterdir()}
+    assert "jit__advance_alone" in kept
