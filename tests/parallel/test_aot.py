@@ -50,6 +50,8 @@ def test_full_size_training_leaves_nothing_large_whole_and_knows_its_bound() -> 
     trained = sum(sizes[name] for name in ("identitynet", "adapter", "resampler"))
     assert 0.96 < bound / (2 * (sum(sizes.values()) + way + trained)) < 1  # small ones stay whole, the text is projected once
     assert fsdp_bound(program.abstract_state, program.abstract_frozen, "float32", mesh)[0] == 2 * bound
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.abstract_state))
+    assert state / 2**30 == pytest.approx(18.7, abs=0.05)  # more than one v5e chip has
 
 
 def test_wrong_arguments_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
