@@ -151,9 +151,9 @@ def run(given: SampleOptions, replay: Replay | None = None) -> list[Path]:
     began = time.perf_counter()
     runs = (1 if again else count_people()) if keypoints is None else len(variants) or 1
     with StepBar(calls * runs) as bar, CompileSeconds() as compiling:
-        draw = functools.partial(drawn, pipe, s, analyzer, bar.on_step)
+        draw = functools.partial(drawn, pipe, s, analyzer, bar.listener)
         if keypoints is None:
-            sheet = draw_people(pipe, analyzer(), call, prompts, pose, bar.on_step, again.person if again else None)
+            sheet = draw_people(pipe, analyzer(), call, prompts, pose, bar.listener, again.person if again else None)
             pictures, save = [image for row in sheet.rows for image in row[3]], functools.partial(save_sheet, s.out, sheet, settings)
             told = demo_settings(sheet, sheet.rows[0][0], again.index, settings) if again else {}
         elif variants:

@@ -62,7 +62,7 @@ def draw_people(
     call: dict[str, Any],
     prompts: Sequence[tuple[str, dict[str, Any]]],
     pose: Identity | None,
-    on_step: Callable[[int], None],
+    on_step: Callable[[int], None] | None,
     only: str | None = None,
 ) -> Sheet:
     """Draws every person of `people()`, or the one of that name, under every prompt: detected and embedded for real, then drawn in another pose.

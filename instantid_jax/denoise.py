@@ -1,12 +1,12 @@
-"""Sampling as five functions of weights and arrays, each one compiled program.
+"""Sampling as five functions of weights and arrays, each one compiled program; one of them in parts too.
 
     encode_text      token ids               -> text states, pooled state
     encode_identity  face embeddings         -> identity tokens
     encode           a picture               -> latents          (image to image alone)
-    denoise          noise and conditions    -> latents          (one `lax.scan` over the steps)
+    denoise          noise and conditions    -> latents          (one loop over the steps; `denoise_watched`: a program a step)
     decode           latents                 -> pictures in [0, 1]
 
-They are pure; `denoise_watched`, which reports its progress, is the same loop with a program a call. Static, so that another value
+They are pure, but that `denoise_watched` tells of every finished call. Static, so that another value
 compiles anew, are the networks, all shapes (sizes, batch, length of the text), the sampler with its options, the number of
 steps, and whether there is guidance and of how many branches, a mask of the text, a control mask, a picture to begin with, a mask of what is
 redrawn in it, shortcuts, and strengths by layer or place. Everything else that a user changes between pictures is
@@ -25,7 +25,7 @@ import numpy as np
 from jax import Array
 
 from instantid_jax.diffusion import Plan, Sampler
-from instantid_jax.lora import apply_loras
+from instantid_jax.lora import apply_loras, changed_kernels, with_kernels
 from instantid_jax.models import Network
 from instantid_jax.models.encoder import AddedConditions
 from instantid_jax.models.tiling import Tiling, decode_tiled, encode_tiled
@@ -207,8 +207,8 @@ _STATIC = ("denoiser", "sampler", "guided", "shortcuts")
 class Run(NamedTuple):
     """What is computed before the first call of a run, and does not change from call to call."""
 
-    unet: Parameters | None
-    """The UNet's parameters with LoRAs added; None where there are none."""
+    kernels: dict[str, Array]
+    """Those of the UNet that LoRAs change, by path, with them added."""
     fixed: Fixed
     items: Any
     """Of all calls: rows of the plan, of an `Edit` the following ones too, `prediction.Call`, numbers."""
@@ -253,10 +253,11 @@ def denoise(
 def denoise_watched(
     denoiser: Denoiser, sampler: Sampler, guided: bool, parameters: Parameters, inputs: Inputs, shortcuts: Shortcuts, on_call: Callable[[int], None]
 ) -> Array:
-    """The latents of `denoise`, from a program a call; `on_call` gets the number of each finished one, and may end the run by raising.
+    """The latents of `denoise`, from one program for what comes before the calls and one for a call; the noise is used up.
 
-    The device is given the next call before the one that it computes is waited for. One program that calls back would not be kept by
-    JAX's compilation cache.
+    `on_call` gets the number of each finished call. The device has the next one before a call ends; what `on_call` raises is raised here
+    at once, and the device ends with the call that it has. (One program that calls back would not be kept by JAX's compilation cache.)
+    Of several processes all must watch, or none.
     """
     count = inputs.plan.num_calls if inputs.edit is None else int(inputs.edit.count)
     branches = _branches(guided, inputs.conditions, inputs.latents)
@@ -282,8 +283,8 @@ def _begin(denoiser: Denoiser, sampler: Sampler, guided: bool, parameters: Param
     """What does not depend on the latents, keys and values of text and identity, features of the pictures, masks, and the embeddings of
     all times; and what the first call begins with: the sampler's state and the memory of shortcuts."""
     conditions, latents, plan = inputs.conditions, inputs.latents, inputs.plan
-    changed = apply_loras(parameters["unet"], parameters["loras"]) if parameters.get("loras") else None
-    unet, nets = _networks(denoiser, parameters, changed)
+    kernels = changed_kernels(parameters["unet"], parameters.get("loras", ()))
+    unet, nets = _networks(denoiser, parameters, kernels)
     adapter = denoiser.adapter.bind(parameters["adapter"])
     batch = conditions.text.shape[0]
     several = conditions.identity_tokens.ndim == 4
@@ -312,7 +313,7 @@ def _begin(denoiser: Denoiser, sampler: Sampler, guided: bool, parameters: Param
     memory = Predictor(unet, nets, fixed, shortcuts).empty(jnp.concatenate([x] * _branches(guided, conditions, latents)), first[1])
     following = None if inputs.edit is None else {name: jnp.concatenate([column[1:], column[-1:]]) for name, column in plan.rows.items()}
     items = plan.rows, following, calls, jnp.arange(plan.num_calls)
-    run = Run(changed, fixed, items, picture_keys(inputs.seeds), inputs.guidance_scale, inputs.guidance_rescale, inputs.edit)
+    run = Run(kernels, fixed, items, picture_keys(inputs.seeds), inputs.guidance_scale, inputs.guidance_rescale, inputs.edit)
     return run, (state, memory)
 
 
@@ -321,7 +322,7 @@ def _advance(
 ) -> tuple[Any, Any]:
     """One call: the sampler's state and the memory after it."""
     (state, memory), (row, _, call, index) = carry, item
-    predictor = Predictor(*_networks(denoiser, parameters, run.unet), run.fixed, shortcuts)
+    predictor = Predictor(*_networks(denoiser, parameters, run.kernels), run.fixed, shortcuts)
     x = sampler.model_input(state, row)
     memory, output = guide(predictor, branches, memory, x, call, run.guidance_scale, run.guidance_rescale)
     noise = _normal(run.keys, index + 1, state.sample.shape[1:]) if sampler.needs_noise else None
@@ -341,13 +342,12 @@ def _advance_alone(
     denoiser: Denoiser, sampler: Sampler, branches: int, shortcuts: Shortcuts, parameters: Parameters, run: Run, carry: Any, index: Array
 ) -> tuple[Any, Array]:
     """The carry after call number `index`, and a number that is there when it is."""
-    carry = _advance(denoiser, sampler, branches, parameters, shortcuts, run, carry, _item(run, index))
-    return carry, carry[0].sample.reshape(-1)[0]
+    return _advance(denoiser, sampler, branches, parameters, shortcuts, run, carry, _item(run, index)), index + 1
 
 
-def _networks(denoiser: Denoiser, parameters: Parameters, changed: Parameters | None) -> tuple[Any, tuple[Any, ...]]:
-    """UNet and ControlNets, IdentityNet first, with their parameters; `changed` are the UNet's with LoRAs."""
-    unet = denoiser.unet.bind(parameters["unet"] if changed is None else changed)
+def _networks(denoiser: Denoiser, parameters: Parameters, kernels: dict[str, Array]) -> tuple[Any, tuple[Any, ...]]:
+    """UNet and ControlNets, IdentityNet first, with their parameters; `kernels` are those of the UNet that LoRAs changed."""
+    unet = denoiser.unet.bind(with_kernels(parameters["unet"], kernels))
     nets = [denoiser.identitynet.bind(parameters["identitynet"])]
     nets += [n.bind(p) for n, p in zip(denoiser.controlnets, parameters.get("controlnets", ()), strict=True)]
     return unet, tuple(nets)

@@ -143,12 +143,19 @@ def apply_loras(tree: Tree, loras: Sequence[tuple[Mapping[str, Stacked], Any]]) 
     `loras` are (what `stack_lora` gave, strength) pairs, in the order of `in_order`. Costs, each time the program runs, the
     products of the factors (2 r for every number of a kernel) and memory for a second copy of the kernels that change.
     """
-    if not loras:
-        return tree
-    flat = dict(flatten(tree))
-    for path in dict.fromkeys(path for stack, _ in loras for path in stack):
-        flat[path] = _changed(jnp, flat[path], [(stack[path], scale) for stack, scale in loras if path in stack])
-    return unflatten(flat)
+    return with_kernels(tree, changed_kernels(tree, loras))
+
+
+def changed_kernels(tree: Tree, loras: Sequence[tuple[Mapping[str, Stacked], Any]]) -> dict[str, Any]:
+    """The kernels that LoRAs change, by path, with them added."""
+    flat = flatten(tree) if loras else {}
+    paths = dict.fromkeys(path for stack, _ in loras for path in stack)
+    return {path: _changed(jnp, flat[path], [(stack[path], scale) for stack, scale in loras if path in stack]) for path in paths}
+
+
+def with_kernels(tree: Tree, kernels: Mapping[str, Any]) -> Tree:
+    """The parameters with `kernels` in the place of those of their paths."""
+    return unflatten({**flatten(tree), **kernels}) if kernels else tree
 
 
 def _changed(xp: Any, kernel: Any, parts: Sequence[tuple[Stacked, Any]]) -> Any:

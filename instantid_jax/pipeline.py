@@ -336,6 +336,7 @@ class InstantIDPipeline:
             vae_tile_size: side of a tile in pixels, a multiple of four latent pixels; the size that the autoencoder was trained for by default.
             output_type: "pil", "np" or "latent".
             on_step: called with the number of each finished model call. What it raises ends the run and is raised here.
+                Steps are then a program each, of the same numbers. Of several processes all must give one, or none.
             foreign: nothing is taken; a name of diffusers' is refused with what to use instead.
 
         Raises:
@@ -351,12 +352,12 @@ class InstantIDPipeline:
         inputs = self.prepare(request, image, image_embeds, control_mask, latents, people=people, max_people=max_people, initial=initial)
         placed = None if initial is None else initial.placed(request, self._size(inputs))
         denoiser, weights = self.denoiser()
-        static, inputs, shortcuts = (denoiser, request.solver, request.guided), self._spread(inputs), request.shortcuts
+        arguments, shortcuts = (denoiser, request.solver, request.guided, weights), request.shortcuts
         with self._on_mesh():
             if on_step is None:
-                out = programs.denoise(*static, weights, *inputs, shortcuts=shortcuts)
+                out = programs.denoise(*arguments, *self._spread(inputs), shortcuts=shortcuts)
             else:
-                out = programs.denoise_watched(*static, weights, inputs, shortcuts, on_step)
+                out = programs.denoise_watched(*arguments, self._spread(inputs), shortcuts, on_step)
         return PipelineOutput(self._finish(out, output_type, request.tiling, placed))
 
     def denoiser(self) -> tuple[Denoiser, dict[str, Any]]:

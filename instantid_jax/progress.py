@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
@@ -30,6 +31,11 @@ class StepBar:
         self._bar = tqdm(
             total=steps, unit="step", desc="compiling", ncols=width, nrows=_ROWS, mininterval=0, file=stream, disable=not stream.isatty()
         )
+
+    @property
+    def listener(self) -> Callable[[int], None] | None:
+        """`on_step`, or None where nothing is drawn: the pipeline then runs all steps as one program."""
+        return None if self._bar.disable else self.on_step
 
     def on_step(self, index: int) -> None:
         """Called with the number of each finished model call."""

@@ -73,7 +73,7 @@ def _outside(requests: Sequence[Request]) -> bool:
 
 
 def drawn(
-    pipe: InstantIDPipeline, s: SampleOptions, analyzer: Callable[[], FaceAnalyzer], on_step: Callable[[int], None], call: dict[str, Any]
+    pipe: InstantIDPipeline, s: SampleOptions, analyzer: Callable[[], FaceAnalyzer], on_step: Callable[[int], None] | None, call: dict[str, Any]
 ) -> list[Image.Image]:
     """The pictures of a call of the pipeline, or the picture to begin with where nothing but its face is redrawn; faces redrawn if asked for."""
     kept = load_photo(s.init_image) if s.init_image is not None and s.only_refined else None
@@ -87,7 +87,7 @@ def _refined(
     call: dict[str, Any],
     images: Sequence[Image.Image],
     analyzer: FaceAnalyzer,
-    on_step: Callable[[int], None],
+    on_step: Callable[[int], None] | None,
 ) -> list[Image.Image]:
     """The pictures with their faces redrawn, each with its own seed. One line to stderr says of which nothing is changed, and why."""
     left_out = ("prompt", "num_images_per_prompt", "strength", "height", "width", "seed")
