@@ -107,7 +107,8 @@ def table(results: dict[str, Any]) -> list[str]:
         cells += [f"{r['estimated_cycles'] / 1e6:.0f} + {r['kernel_cycles_at_half_peak'] / 1e6:.0f}" if whole else "-"]
         if r.get("collective_minimum_bytes"):
             moved += f"; {sum(sent.values()) / r['collective_minimum_bytes']:.2f} x FSDP's"
-        cells += [moved if whole else "-", r["bound_by"] or "-", f"{r['compile_seconds']:.0f} ({r['compile_cpu_seconds']:.0f})"]
+        processor = f"{r['compile_cpu_seconds']:.0f}" if r["compile_cpu_seconds"] else "-"
+        cells += [moved if whole else "-", r["bound_by"] or "-", f"{r['compile_seconds']:.0f} ({processor})"]
         rows.append("| " + " | ".join(cells) + " |")
     rows += ["", "Commands:", ""]
     rows += [
