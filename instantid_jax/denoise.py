@@ -334,7 +334,7 @@ def _item(run: Run, index: Array) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), run.items)
 
 
-_begin_alone = functools.partial(jax.jit, static_argnames=_STATIC)(_begin)
+_begin_alone = jax.jit(_begin, static_argnames=_STATIC)
 
 
 @functools.partial(jax.jit, static_argnames=("denoiser", "sampler", "branches", "shortcuts"), donate_argnames=("carry",))
