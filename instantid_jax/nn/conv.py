@@ -10,12 +10,14 @@ from jaxtyping import Array, Float
 
 from instantid_jax.nn.placement import gathered
 from instantid_jax.nn.platform import target_platform
+from instantid_jax.nn.winograd import conv3x3_of_doubled, conv3x3_winograd
 
 _MATMUL_PIXELS = 128 * 128  # up to here three matrix products take a TPU fewer cycles than a convolution, and compile several times faster
 _MATMUL_CHANNELS = 256  # below this the taps fill no multiplier
 _CPU_PIXELS = 16 * 16  # up to here a CPU is faster with one matrix product (1280 channels, forward: 1.5 times; 8 x 8, with gradient: 3 times)
+_TILED_PIXELS = 32 * 32  # from here a CPU is faster with tiles (`nn.winograd`): before, it takes as long to sum the kernel's taps
+_TILED_PRODUCTS = 10**8  # of every tap; smaller ones are not worth the compiling
 
-_SAME_PIXEL = (((0,), (1, 2)), ((0, 1), (2,)))  # of even and odd rows of a doubled picture: which taps fall on the first, on the second pixel
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 Padding = tuple[tuple[int, int], tuple[int, int]]
 _lecun = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -50,35 +52,42 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"], *, doubled: bool = False) -> Float[Array, "b h2 w2 c2"]:
         """The convolution of `x`, or with `doubled` (3 x 3, stride one) of `x` enlarged to twice its height and width by nearest neighbours."""
-        by_phases = doubled and target_platform() == "cpu" and self.dtype == jnp.float32
-        if doubled and not by_phases:
+        as_tiles = doubled and target_platform() == "cpu" and self.dtype == jnp.float32
+        if doubled and not as_tiles:
             x = resize_nearest(x, (2 * x.shape[1], 2 * x.shape[2]))
         kernel, bias, rounded = self.kernel[...], self.bias[...].astype(self.dtype), hasattr(self, "kernel_scale")
         if rounded:
             kernel, x = inside_the_loop(kernel, x)
         kernel = gathered(kernel, self.dtype)
-        if by_phases:
+        if as_tiles:
             y = conv3x3_of_doubled(x.astype(self.dtype), kernel)
         elif kernel.shape[:2] == (1, 1) and self.stride == 1:
             y = x.astype(self.dtype) @ kernel[0, 0]
-        elif (as_matmul := self._as_matmul(x.shape)) is not None:
-            y = jax.checkpoint(as_matmul)(x.astype(self.dtype), kernel)  # the taps are several times the input: made again
+        elif (form := self._as_products(x.shape)) is not None:
+            y = form(x.astype(self.dtype), kernel)
         else:
             y = jax.lax.conv_general_dilated(x.astype(self.dtype), kernel, (self.stride,) * 2, self.padding, dimension_numbers=_DIMENSIONS)
         if rounded:
             y = y * self.kernel_scale[...].astype(self.dtype)
         return y + bias
 
-    def _as_matmul(self, shape: tuple[int, ...]) -> Callable[[Array, Array], Array] | None:
+    def _as_products(self, shape: tuple[int, ...]) -> Callable[[Array, Array], Array] | None:
         """The form in matrix products, where this platform is faster with one at this shape."""
         _, h, w, channels = shape
-        if self.stride != 1 or self.kernel.shape[:2] != (3, 3) or self.padding != ((1, 1), (1, 1)) or channels < _MATMUL_CHANNELS:
+        if self.stride != 1 or self.kernel.shape[:2] != (3, 3) or self.padding != ((1, 1), (1, 1)):
             return None
-        if target_platform() == "tpu" and h * w <= _MATMUL_PIXELS:
-            return conv3x3_as_matmul
-        return conv3x3_as_one_matmul if target_platform() == "cpu" and h * w <= _CPU_PIXELS else None
+        deep, platform = channels >= _MATMUL_CHANNELS, target_platform()
+        if platform == "tpu":
+            return conv3x3_as_matmul if deep and h * w <= _MATMUL_PIXELS else None
+        if platform != "cpu":
+            return None
+        if deep and h * w <= _CPU_PIXELS:
+            return conv3x3_as_one_matmul
+        worth = h * w >= _TILED_PIXELS and h * w * channels * self.kernel.shape[3] >= _TILED_PRODUCTS
+        return conv3x3_winograd if worth and not h % 2 and not w % 2 and self.dtype == jnp.float32 else None
 
 
+@jax.checkpoint  # the taps are several times the input: made again for a gradient
 def conv3x3_as_matmul(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c c2"]) -> Float[Array, "b h w c2"]:
     """A 3x3 convolution with one pixel of padding as three matrix products, one for each row of the kernel.
 
@@ -93,29 +102,13 @@ def conv3x3_as_matmul(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c c2
     return (above + here + below).astype(x.dtype)
 
 
+@jax.checkpoint
 def conv3x3_as_one_matmul(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c c2"]) -> Float[Array, "b h w c2"]:
     """The same as a single matrix product over all nine taps."""
     b, h, w, c = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     taps = jnp.concatenate([padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)], axis=-1)
     return (taps.reshape(b * h * w, 9 * c) @ kernel.reshape(9 * c, -1)).reshape(b, h, w, -1)
-
-
-def conv3x3_of_doubled(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c c2"]) -> Float[Array, "b 2*h 2*w c2"]:
-    """A 3x3 convolution with one pixel of padding of the picture that is twice as large, every pixel four times: 16 products where there were 36.
-
-    Each pixel of the result sees two rows and two columns of `x`: even ones the one before and their own, odd ones their own and the
-    next. Taps that fall on the same pixel are added first. The same numbers in another order of summation.
-    """
-    b, h, w, _ = x.shape
-
-    def phase(row: int, column: int) -> Array:
-        taps = [sum(kernel[i, j] for i in rows for j in columns) for rows in _SAME_PIXEL[row] for columns in _SAME_PIXEL[column]]
-        together = jnp.stack(jax.lax.optimization_barrier(taps))  # XLA for CPU is slow to add within a larger array
-        padding = (1 - row, row), (1 - column, column)
-        return jax.lax.conv_general_dilated(x, together.reshape(2, 2, *kernel.shape[2:]), (1, 1), padding, dimension_numbers=_DIMENSIONS)
-
-    return jnp.stack([jnp.stack([phase(row, column) for column in (0, 1)], axis=3) for row in (0, 1)], axis=2).reshape(b, 2 * h, 2 * w, -1)
 
 
 def inside_the_loop(kernel: Array, x: Array) -> tuple[Array, Array]:
