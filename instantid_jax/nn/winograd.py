@@ -13,20 +13,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 _STRIP = 8  # rows of a large picture that are done at once, so that their tiles stay in the processor's cache
-_LARGE = 2**22  # numbers in a picture from which on that is faster
+_LARGE = 2**24  # numbers in the tiles of a picture from which on that is faster
 
 Grid = Sequence[Sequence[Array]]  # of a tile, of a kernel: one array for each of its places, row by row
 
 
 def conv3x3_winograd(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c c2"]) -> Float[Array, "b h w c2"]:
     """A 3x3 convolution with one pixel of padding, of even height and width."""
-    taps = _along_both(lambda a, b, c: (a, (a + b + c) / 2, (a - b + c) / 2, c), _taps(kernel))
+    x, taps = _with_taps(x, kernel, lambda a, b, c: (a, (a + b + c) / 2, (a - b + c) / 2, c))
 
     def strip(padded: Array) -> Array:
         products = _at_each_place(jnp.matmul, _tiles(padded), taps)
         return _picture(_along_both(lambda a, b, c, d: (a + b + c, b - c - d), products))
 
-    return _in_strips(x, strip)
+    return _in_strips(x, strip, values=4)
 
 
 def conv3x3_of_doubled(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c c2"]) -> Float[Array, "b 2*h 2*w c2"]:
@@ -34,7 +34,7 @@ def conv3x3_of_doubled(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c c
 
     A tile sees three by three pixels. Of its four middle values in a direction one is nought and one a pixel itself.
     """
-    taps = _along_both(lambda a, b, c: (a, a + b + c, c), _taps(kernel))
+    x, taps = _with_taps(x, kernel, lambda a, b, c: (a, a + b + c, c))
 
     def strip(padded: Array) -> Array:
         h, w = padded.shape[1] - 2, padded.shape[2] - 2
@@ -42,7 +42,7 @@ def conv3x3_of_doubled(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c c
         products = _at_each_place(jnp.matmul, _along_both(lambda a, b, c: (a - b, b, b - c), pixels), taps)
         return _picture(_along_both(lambda a, b, c: (a + b, b - c), products))
 
-    return _in_strips(x, strip)
+    return _in_strips(x, strip, values=9)
 
 
 def _along_both(transform: Callable[..., Sequence[Array]], grid: Grid) -> Grid:
@@ -51,8 +51,10 @@ def _along_both(transform: Callable[..., Sequence[Array]], grid: Grid) -> Grid:
     return list(zip(*(transform(*column) for column in zip(*rows, strict=True)), strict=True))
 
 
-def _taps(kernel: Array) -> Grid:
-    return [[kernel[i, j] for j in range(3)] for i in range(3)]
+def _with_taps(x: Array, kernel: Array, transform: Callable[..., Sequence[Array]]) -> tuple[Array, Grid]:
+    """G of the taps, made when `x` is there: XLA would make those of all layers at the program's start, and hold them."""
+    x, kernel = jax.lax.optimization_barrier((x, kernel))
+    return x, _along_both(transform, [[kernel[i, j] for j in range(3)] for i in range(3)])
 
 
 def _tiles(padded: Array) -> Grid:
@@ -76,9 +78,12 @@ def _padded(x: Array) -> Array:
     return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
 
 
-def _in_strips(x: Array, strip: Callable[[Array], Array]) -> Array:
-    """`strip` of all rows of `x` with a pixel of padding around, at once or, of a large picture, `_STRIP` of them after each other."""
-    if x.size < _LARGE or x.shape[1] % _STRIP:
+def _in_strips(x: Array, strip: Callable[[Array], Array], values: int) -> Array:
+    """`strip` of all rows of `x` with a pixel of padding around, at once or, of a large picture, `_STRIP` of them after each other.
+
+    Tiles hold `values` numbers for each of `x`.
+    """
+    if values * x.size < _LARGE or x.shape[1] % _STRIP:
         return strip(_padded(x))
 
     def rows(i: Array) -> Array:
