@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import resource
 import sys
 import time
 from pathlib import Path
@@ -238,11 +239,12 @@ def compile_plan(plan: Plan, say: Any = None, dump: Path | None = None) -> dict[
             (dump / f"{stage.name}.hlo.txt").write_text(compiled.as_text())
         if say is not None:
             say(f"{report.name}: compiled in {report.compile_seconds:.0f} s")
-    return summary(plan, chip, mesh, reports)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return summary(plan, chip, mesh, reports) | {"compile_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 def recount(plan: Plan, recorded: dict[str, Any], dump: Path) -> dict[str, Any]:
-    """The figures of a plan that was compiled before, from the texts in `dump`: memory and seconds stay as they are in `recorded`.
+    """The figures of a plan that was compiled before, from the texts in `dump`: memory and seconds, of compiling too, stay as `recorded`.
 
     For when the reading of texts, or the minimum, has changed. A program that was refused has no text. Raises TopologyError, ValueError, OSError.
     """
@@ -260,7 +262,7 @@ def recount(plan: Plan, recorded: dict[str, Any], dump: Path) -> dict[str, Any]:
             text = (dump / f"{stage.name}.hlo.txt").read_text(encoding="utf-8")
             found |= account(text, old["kernel_flops"], chip, mesh, slices)
         reports.append(StageReport(**old | found))
-    return summary(plan, chip, mesh, reports)
+    return summary(plan, chip, mesh, reports) | {"compile_memory_bytes": recorded.get("compile_memory_bytes")}
 
 
 def summary(plan: Plan, chip: Chip, mesh: jax.sharding.Mesh, reports: list[StageReport]) -> dict[str, Any]:
@@ -338,6 +340,8 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"{r['name']}: does not fit: {r['error']}" for r in result["programs"] if r["error"]]
     peak, limit = result["hbm_peak_bytes"], result["hbm_limit_bytes"]
     lines.append(f"HBM: peak {peak / 2**30:.2f} GiB of {limit / 2**30:.2f} GiB: {'fits' if result['fits'] else 'does not fit'}")
+    if result["compile_memory_bytes"]:
+        lines.append(f"compiling took up to {result['compile_memory_bytes'] / 2**30:.1f} GiB of this machine's memory")
     if result["bound_by"] is None:
         return "\n".join([*lines, "a program that does not compile tells nothing else"])
     kinds = ", ".join(f"{kind} {count / mib:,.1f} MiB" for kind, count in sorted(result["collective_bytes"].items())) or "none"

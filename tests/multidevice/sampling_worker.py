@@ -21,17 +21,19 @@ placement.SMALL = 2
 KPS = np.float32([[24, 24], [40, 24], [32, 34], [26, 44], [38, 44]])
 
 
-def main(out, mesh=None, alone=True):
+def main(out, mesh=None, alone=True, watched=False):
     if not alone:
         join()
     pipe = InstantIDPipeline.from_pretrained(DEFAULT_WEIGHTS, mesh=None if mesh is None else make_mesh(**mesh))
     embedding = np.random.default_rng(0).standard_normal(pipe.config.resampler.embedding_dim).astype(np.float32) * 10
     call = {"image": draw_kps((64, 64), KPS), "image_embeds": embedding, "num_inference_steps": 2, "guidance_scale": 3.0, "seed": 5}
     words = {"prompt": ["a (smiling:1.3) man", "a woman"], "negative_prompt": "hat", "prompt_weighting": True}
-    images = pipe(**words, **call, num_images_per_prompt=2, output_type="np").images
+    seen = []
+    watch = {"on_step": seen.append} if watched else {}
+    images = pipe(**words, **call, **watch, num_images_per_prompt=2, output_type="np").images
     if is_main():
         spread = [len(leaf.sharding.device_set) for leaf in jax.tree.leaves(pipe.parameters["unet"])]
-        np.savez(out, images=images, devices=min(spread))
+        np.savez(out, images=images, devices=min(spread), seen=len(seen))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ def one(tmp_path_factory):
     return dict(np.load(out))
 
 
-def drawn(out, count, mesh):
-    argument = {"out": str(out), "mesh": mesh, "alone": False}
+def drawn(out, count, mesh, **more):
+    argument = {"out": str(out), "mesh": mesh, "alone": False, **more}
     launched.finish(*(launched.start(WORKER, argument, 2, **place) for place in launched.places(count)))
     return dict(np.load(out))
 
@@ -31,3 +31,13 @@ def test_processes_draw_what_one_draws(count, mesh, one, tmp_path):
     mine, theirs = (np.round(told["images"] * 255).astype(int) for told in (many, one))
     assert mine.shape == (4, 64, 64, 3) and mine.std() > 10
     assert np.abs(mine - theirs).max() <= 1 and (mine != theirs).mean() <= 1e-3
+
+
+@pytest.mark.slow
+def test_processes_that_all_watch_draw_the_same(one, tmp_path):
+    """A watched run is a program a step, which every process starts."""
+    mesh = {"dcn_data": 2, "fsdp": 2}
+    watched, unwatched = drawn(tmp_path / "watched.npz", 2, mesh, watched=True), drawn(tmp_path / "many.npz", 2, mesh)
+    assert watched["seen"] == 2 and unwatched["seen"] == 0
+    assert np.abs(watched["images"] - unwatched["images"]).max() < 1e-5
+    assert np.abs(watched["images"] - one["images"]).max() < 1.5 / 255
