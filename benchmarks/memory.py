@@ -1,6 +1,7 @@
-"""Memory of SDXL with IdentityNet, from shapes alone: what tiles save in the autoencoder, and bytes of weights.
+"""Memory of SDXL with IdentityNet, from shapes alone: what tiles save in the autoencoder, and bytes of weights; and what tiles cost.
 
 python benchmarks/memory.py vae         working memory of the decoder, as XLA plans it for the present backend
+python benchmarks/memory.py tiles       the small model's autoencoder on a photo of 320 x 256 pixels, by tiles against whole
 python benchmarks/memory.py weights     bytes of every network by type of its weights, and what is left of a chip's memory
 """
 
@@ -10,15 +11,19 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from instantid_jax.config import ComputeConfig, sdxl
+from instantid_jax.defaults import default_pipeline
 from instantid_jax.denoise import decode
 from instantid_jax.models import Network, build_networks
-from instantid_jax.models.tiling import Tiling
+from instantid_jax.models.tiling import Tiling, decode_tiled, encode_tiled
 
 GIB = 2**30
+PHOTO = Path(__file__).resolve().parents[1] / "instantid_jax/assets/astronaut.jpg"
 
 
 def working(network: Network, side: int, tiling: Tiling | None) -> float:
@@ -38,6 +43,24 @@ def vae() -> None:
     for side, tiling in cases:
         how = "none" if tiling is None else f"{tiling.layout}, {tiling.size}"
         print(f"| {side} | {how} | {working(network, side, tiling):.2f} |", flush=True)
+
+
+def tiles() -> None:
+    """How far tiles are from the whole: of the decoded picture, and of the mean of the encoded one, by its standard deviation."""
+    pipeline = default_pipeline()
+    vae = pipeline.networks["vae"].bind(pipeline.parameters["vae"])
+    with Image.open(PHOTO) as photo:
+        pixels = np.asarray(photo.convert("RGB").resize((256, 320)), np.float32)
+    image = jnp.asarray(pixels / 127.5 - 1)[None]
+    encoded = vae.encode(image).mean
+    decoded = vae.decode(encoded)
+    print("| tiles | decoder, PSNR | decoder, rms | encoder, rms |\n| --- | --- | --- | --- |")
+    for side in (128, 64):
+        for layout in ("even", "diffusers"):
+            tiling = Tiling(layout, side)
+            apart = float(jnp.sqrt(jnp.mean((decode_tiled(vae, encoded, tiling) - decoded) ** 2)))
+            of_encoder = float(jnp.sqrt(jnp.mean((encode_tiled(vae, image, tiling).mean - encoded) ** 2)) / jnp.std(encoded))
+            print(f"| {layout}, {side} | {20 * np.log10(2 / apart):.1f} dB | {apart / float(jnp.std(decoded)):.3f} | {of_encoder:.3f} |")
 
 
 def size(network: Network, dtype: str) -> int:
@@ -69,8 +92,8 @@ def weights() -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("vae", "weights"))
-    (vae if parser.parse_args().what == "vae" else weights)()
+    parser.add_argument("what", choices=("vae", "tiles", "weights"))
+    {"vae": vae, "tiles": tiles, "weights": weights}[parser.parse_args().what]()
 
 
 if __name__ == "__main__":
