@@ -1,5 +1,6 @@
 """Benchmarks that nothing else runs still run; what they measure is in docs/."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "rows"),
     [
@@ -24,3 +25,15 @@ def test_it_runs(command: str, rows: list[str]) -> None:
     done = subprocess.run([sys.executable, f"benchmarks/{name}", *options], cwd=ROOT, check=True, capture_output=True, text=True)
     for row in rows:
         assert row in done.stdout
+
+
+def test_the_page_has_the_figures_that_were_measured() -> None:
+    """docs/speed.md's table against PyTorch, and docs/speed.json, which `benchmarks/vs_pytorch.py` wrote."""
+    figures = json.loads((ROOT / "docs/speed.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    for name, found in figures.items():
+        ours = f"| {found['ours_s']:.{1 if found['ours_s'] >= 8 else 2}f} s |"
+        assert ours in page, name
+        if found["ratio"]:
+            assert f"| {found['ratio']:.2f} |" in page, name
+            assert found["ratio"] == pytest.approx(found["pytorch_s"] / found["ours_s"]), name
