@@ -3,7 +3,7 @@
 A tile of two by two pixels of the result takes 16 products where the definition takes 36, and 9 where the picture was enlarged by two.
 They are matrix products over the channels, one for each place in a tile; what stands before and after them only adds. Everything is
 done along one direction, then along the other: B^T makes four values of four pixels, G four of a kernel's three taps, and A^T two pixels
-of the four products. The same numbers as the definition's, in another order of summation.
+of the four products. Equal to the definition but for rounding, which grows by half (`tests/nn/test_conv_forms.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ Grid = Sequence[Sequence[Array]]  # of a tile, of a kernel: one array for each o
 
 
 def conv3x3_winograd(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c c2"]) -> Float[Array, "b h w c2"]:
-    """A 3x3 convolution with one pixel of padding, of even height and width."""
+    """A 3x3 convolution with one pixel of padding; height and width must be even."""
     x, taps = _with_taps(x, kernel, lambda a, b, c: (a, (a + b + c) / 2, (a - b + c) / 2, c))
 
     def strip(padded: Array) -> Array:
@@ -65,6 +65,7 @@ def _tiles(padded: Array) -> Grid:
 
 
 def _at_each_place(product: Callable[[Array, Array], Array], left: Grid, right: Grid) -> Grid:
+    """`product` of what lies at the same place in both."""
     return [[product(a, b) for a, b in zip(*rows, strict=True)] for rows in zip(left, right, strict=True)]
 
 
