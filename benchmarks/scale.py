@@ -49,6 +49,7 @@ CASES: dict[str, Case] = {
     "sample_v5e_256": Case("v5e:16x16", "sample"),
     "sample_v6e_16": Case("v6e:4x4", "sample"),
     "sample_v5p_8": Case("v5p:2x2x2", "sample"),
+    "sample_v4_4": Case("v4:2x2x1", "sample"),
     "train_v5e_4": Case("v5e:2x2", "train", ("--remat", "full")),
     "train_v5e_16": Case("v5e:4x4", "train", ("--remat", "blocks")),
     "train_v5e_16_plain": Case("v5e:4x4", "train", ("--remat", "none")),
@@ -92,7 +93,7 @@ def run(case: Case, dump: Path | None, recorded: dict[str, Any] | None) -> dict[
 def table(results: dict[str, Any]) -> list[str]:
     """One row a case."""
     head = ("case", "mesh", "pictures", "HBM peak / limit (GiB)", "temporaries", "TFLOP a device", "/ minimum", "Mcycles + kernels")
-    head += ("collectives (GiB)", "bound by", "compile s (CPU s)")
+    head += ("collectives (GiB)", "bound by", "compile s (CPU s)", "its memory (GiB)")
     rows = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for name, r in results.items():
         gib = 2**30
@@ -110,6 +111,7 @@ def table(results: dict[str, Any]) -> list[str]:
             moved += f"; {sum(sent.values()) / r['collective_minimum_bytes']:.2f} x FSDP's"
         processor = f"{r['compile_cpu_seconds']:.0f}" if r["compile_cpu_seconds"] else "-"
         cells += [moved if whole else "-", r["bound_by"] or "-", f"{r['compile_seconds']:.0f} ({processor})"]
+        cells += [f"{r['compile_memory_bytes'] / gib:.1f}" if r.get("compile_memory_bytes") else "-"]
         rows.append("| " + " | ".join(cells) + " |")
     rows += ["", "Commands:", ""]
     rows += [

@@ -545,7 +545,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=("sdxl", "small"), default="sdxl", help="of steps, autoencoder and text")
     parser.add_argument("--rounds", type=int, default=1, help="how often both sides take turns")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls in each turn")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="write the figures here too; cases that were not run stay as they are there")
     parser.add_argument("--side", choices=("torch", "jax"), help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -558,7 +558,7 @@ def main(arguments: list[str] | None = None) -> int:
         output = {"output": result.pop("output")} if "output" in result else {}
         np.savez(options.file, result=json.dumps(result), **output)
         return 0
-    figures: dict[str, Result] = {}
+    figures: dict[str, Result] = json.loads(options.json.read_text(encoding="utf-8")) if options.json and options.json.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         for case in options.only:
             figures[case] = compare(case, options, Path(folder))

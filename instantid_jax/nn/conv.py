@@ -16,7 +16,7 @@ _MATMUL_PIXELS = 128 * 128  # up to here three matrix products take a TPU fewer 
 _MATMUL_CHANNELS = 256  # below this the taps fill no multiplier
 _CPU_PIXELS = 16 * 16  # up to here a CPU is faster with one matrix product (1280 channels, forward: 1.5 times; 8 x 8, with gradient: 3 times)
 _TILED_PIXELS = 32 * 32  # from here a CPU is faster with tiles (`nn.winograd`): before, it takes as long to sum the kernel's taps
-_TILED_PRODUCTS = 10**8  # of every tap; smaller ones are not worth the compiling
+_TILED_PRODUCTS = 10**8  # of every tap, of one picture; smaller ones are not worth the compiling
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 Padding = tuple[tuple[int, int], tuple[int, int]]

@@ -123,7 +123,7 @@ def on_each_device(attention: Callable[[Array, Array, Array], Array], q: Array, 
         if count > 1 and rest % count == 0:
             batch.append(axis)
             rest //= count
-    heads = "tensor" if q.shape[2] % mesh.shape.get("tensor", 1) == 0 else None
+    heads = "tensor" if "tensor" in mesh.shape and q.shape[2] % mesh.shape["tensor"] == 0 else None
     spec = PartitionSpec(tuple(batch), None, heads, None)
     return jax.shard_map(attention, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 

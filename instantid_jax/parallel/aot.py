@@ -4,7 +4,8 @@
 
 Nothing of the model's size is allocated: programs are compiled from shapes. What is told of time is the compiler's own
 estimate in cycles, never a measurement. A topology is a generation and its chips, as v5e:1x1, v5e:4x4, v5p:2x2x2; 2*v5e:4x4 is
-two slices. Needs libtpu: pip install -e ".[tpu]".
+two slices. The exit status is 0, 4 where the plan does not fit into the memory, 2 for a wrong option, 1 for another error. Needs libtpu:
+pip install -e ".[tpu]".
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Plan:
     steps: int = 30
     """Denoising steps."""
     size: tuple[int, int] = (1024, 1024)
-    """Height and width in pixels, of sampling."""
+    """Height and width in pixels, of sampling and of the UNet."""
     int8: bool = False
     """Sampling: kernels of UNet and IdentityNet in 8 bits."""
 
@@ -190,8 +191,9 @@ def stages(plan: Plan, mesh: jax.sharding.Mesh) -> list[Stage]:
     if plan.program == "train":
         if plan.recipe is None:
             raise TopologyError("the program train needs a recipe: --config FILE")
-        loader = dataclasses.replace(plan.recipe.loader, global_batch=_batch(plan, mesh))
-        return programs.train_stages(dataclasses.replace(plan.recipe, compute=plan.compute, loader=loader), mesh)
+        with wrong_options():
+            loader = dataclasses.replace(plan.recipe.loader, global_batch=_batch(plan, mesh))
+            return programs.train_stages(dataclasses.replace(plan.recipe, compute=plan.compute, loader=loader), mesh)
     if plan.program == "sample":
         return programs.sample_stages(plan.model, plan.compute, mesh, _batch(plan, mesh), plan.size, plan.steps, int8=plan.int8)
     return programs.unet_stages(plan.model, plan.compute, mesh, _batch(plan, mesh), plan.size)
@@ -384,10 +386,13 @@ def tell(plan: Plan, file: Path | None = None, dump: Path | None = None, recorde
     if recorded is not None:
         if dump is None:
             raise TopologyError("--recount needs the folder of the texts: --dump DIR")
-        result = recount(plan, json.loads(recorded.read_text(encoding="utf-8")), dump)
+        result = recount(plan, _figures(recorded), dump)
     else:
         if dump is not None:
-            dump.mkdir(parents=True, exist_ok=True)
+            try:
+                dump.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise TopologyError(f"no texts can be written to {dump}: {error.strerror}; name a folder that may be made") from error
         result = compile_plan(plan, lambda line: print(line, file=sys.stderr, flush=True), dump)
     print(table(result), flush=True)
     if file is not None:
@@ -395,6 +400,19 @@ def tell(plan: Plan, file: Path | None = None, dump: Path | None = None, recorde
         new.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         new.replace(file)
     return 0 if result["fits"] else EXIT_TOO_LARGE
+
+
+def _figures(file: Path) -> dict[str, Any]:
+    """What --json wrote. Raises TopologyError for another file."""
+    try:
+        figures = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TopologyError(f"--recount cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise TopologyError(f"--recount needs figures that --json wrote, and {file} is no JSON") from error
+    if not isinstance(figures, dict):
+        raise TopologyError(f"--recount needs figures that --json wrote, and {file} holds no such table")
+    return figures
 
 
 def _reserve(file: Path) -> None:
@@ -418,9 +436,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--topology", required=True, help="as v5e:4x4; 2*v5e:4x4 is two slices")
     parser.add_argument("--program", required=True, choices=PROGRAMS)
     parser.add_argument("--config", default="configs/instantid.py", help="recipe whose model, arithmetic and sizes are taken")
-    parser.add_argument("--data", type=int, help="devices along the mesh axis")
-    parser.add_argument("--fsdp", type=int, help="likewise; training: by default all of a slice")
-    parser.add_argument("--tensor", type=int, default=1, help="likewise")
+    parser.add_argument("--data", type=int, help="devices along the axis data of the mesh, whole slices first")
+    parser.add_argument("--fsdp", type=int, help="devices along fsdp; training: by default all of a slice")
+    parser.add_argument("--tensor", type=int, default=1, help="devices along tensor")
     parser.add_argument("--batch", type=int, help="training, sampling: pictures in all, by default one a device; unet: rows, by default two a device")
     parser.add_argument("--steps", type=int, help="sampling: denoising steps, 30 by default")
     parser.add_argument("--size", type=int, help="sampling, unet: height and width in pixels, 1024 by default; training has its recipe's")

@@ -73,7 +73,9 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...], int]:
         raise TopologyError(f"{name!r} is no topology known here; known are {_KNOWN}, and several slices as 2*v5e:4x4")
     slices, generation, shape = int(found.group(1) or 1), found.group(2), tuple(map(int, found.group(3).split("x")))
     wanted = CHIPS[generation].dimensions
-    if len(shape) != wanted or not all(shape) or not slices:
+    if not all(shape) or not slices:
+        raise TopologyError(f"{name!r}: numbers of chips and of slices must be at least 1, as in {_EXAMPLES[generation]}")
+    if len(shape) != wanted:
         raise TopologyError(f"{name!r}: a {generation} topology has {wanted} axes, as in {_EXAMPLES[generation]}")
     if math.prod(shape) > CHIPS[generation].pod:
         raise TopologyError(f"{name!r} has {math.prod(shape):,} chips; the largest slice of a {generation} has {CHIPS[generation].pod:,}")

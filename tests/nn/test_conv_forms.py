@@ -58,15 +58,15 @@ def test_large_pictures_go_by_strips_of_rows(
         assert np.abs(a - b).max() < 1e-6 * np.abs(b).max()
 
 
-def test_winograd_is_as_exact_as_the_definition_at_sdxls_widths() -> None:
-    """Against float64, results of about one: 6.4e-7 apart, the definition's 3.9e-7 (rms)."""
+def test_winograd_rounds_less_than_twice_as_much_as_the_definition_at_sdxls_widths() -> None:
+    """Against float64, results of about one: 6.4e-7 apart on one processor and 1.05e-6 on another, the definition's 3.9e-7 and 7.5e-7 (rms)."""
     rng = np.random.default_rng(0)
     x, kernel = rng.standard_normal((1, 16, 16, 1280)), rng.standard_normal((3, 3, 1280, 64)) / (9 * 1280) ** 0.5
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     exact = sum(padded[:, i : i + 16, j : j + 16] @ kernel[i, j] for i in range(3) for j in range(3))
     x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
     error = {form: np.sqrt(np.mean((form(x, kernel) - exact) ** 2)) for form in (conv3x3_winograd, plain)}
-    assert error[conv3x3_winograd] < 1e-6 and error[conv3x3_winograd] < 2 * error[plain]
+    assert error[conv3x3_winograd] < 2 * error[plain] < 2e-6
 
 
 @pytest.mark.parametrize(

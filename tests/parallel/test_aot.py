@@ -124,6 +124,37 @@ def test_texts_that_were_kept_are_read_again(tmp_path: Path, monkeypatch: pytest
         assert "the figures that --json wrote for this plan, and the file has other ones" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "cannot read"), ("{", "is no JSON"), ("[1]", "holds no such table")], ids=("missing", "broken", "a list")
+)
+def test_figures_that_are_none_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str | None, message: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    file = tmp_path / "figures.json"
+    if text is not None:
+        file.write_text(text)
+    plan = ["--topology", "v5e:1x1", "--program", "unet", "--config", "configs/portraits_quick.py", "--dump", str(tmp_path)]
+    assert aot.main([*plan, "--recount", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and str(file) in error and error.count("\n") == 1
+
+
+def test_a_folder_for_texts_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "file").touch()
+    plan = ["--topology", "v5e:1x1", "--program", "unet", "--config", "configs/portraits_quick.py", "--dump", str(tmp_path / "file")]
+    assert aot.main(plan) == 2
+    assert capsys.readouterr().err == f"aot: no texts can be written to {tmp_path / 'file'}: File exists; name a folder that may be made\n"
+
+
+def test_a_batch_that_does_not_divide_is_a_wrong_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("libtpu")
+    monkeypatch.chdir(ROOT)
+    assert aot.main(["--topology", "v5e:2x2", "--program", "train", "--config", "configs/portraits_quick.py", "--batch", "3"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_recipe_of_two_slices_is_planned_for_two_slices() -> None:
     recipe = load_recipe(str(ROOT / "configs/portraits_quick.py"))
     recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, dcn_data=2, fsdp=4))

@@ -18,7 +18,8 @@ def test_names() -> None:
         ("v5e", "no topology known here"),
         ("v5e:2x2x2", "has 2 axes"),
         ("v5p:4x4", "has 3 axes"),
-        ("v5e:0x4", "has 2 axes"),
+        ("v5e:0x4", "must be at least 1"),
+        ("0*v5e:4x4", "must be at least 1"),
         ("v5e:1000x1000", "has 1,000,000 chips; the largest slice of a v5e has 256"),
     ],
 )
