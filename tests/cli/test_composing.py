@@ -15,9 +15,10 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/composing.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.strip().splitlines()]
 SAMPLE = [line.removeprefix("python sample.py ") for line in COMMANDS if line.startswith("python sample.py ")]
+DRAWN = [SAMPLE[0], *(pytest.param(command, marks=pytest.mark.slow) for command in SAMPLE[1:])]
 
 
-@pytest.mark.parametrize("command", SAMPLE, ids=lambda command: " ".join(re.findall(r"--\S+", command)))
+@pytest.mark.parametrize("command", DRAWN, ids=lambda command: " ".join(re.findall(r"--\S+", command)))
 def test_commands_draw(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     assert sample.main([*shlex.split(command), "--steps", "2", "--out", str(tmp_path)]) == 0

@@ -14,6 +14,7 @@ from instantid_jax.output import read_settings
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/editing.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.strip().splitlines()]
+DRAWN = [COMMANDS[0], *(pytest.param(command, marks=pytest.mark.slow) for command in COMMANDS[1:])]
 PERSON = "instantid_jax/assets/portraits/people/person_1.png"
 
 
@@ -22,7 +23,7 @@ def arrays(path: Path, size: tuple[int, int]) -> np.ndarray:
         return np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(re.findall(r"--\S+", command)))
+@pytest.mark.parametrize("command", DRAWN, ids=lambda command: " ".join(re.findall(r"--\S+", command)))
 def test_commands_draw(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     arguments = shlex.split(command.removeprefix("python sample.py "))

@@ -66,6 +66,7 @@ def test_a_picture_is_made_again_byte_for_byte(kind: str, tmp_path: Path, capsys
     assert read_settings(other) == read_settings(first) | {"seed": 9, "watermark": False} and watermark.main([str(other)]) == 1
 
 
+@pytest.mark.slow
 def test_the_default_sheets_pictures_are_made_again(tmp_path: Path) -> None:
     assert sample.main(["--steps", "1", "--out", str(tmp_path / "a")]) == 0
     path = tmp_path / "a" / f"{people()[1].name}_03.png"

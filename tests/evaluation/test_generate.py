@@ -25,6 +25,7 @@ def painter(pipe, tmp_path):
     return Painter(pipe, SAMPLING, Store(tmp_path), batch=3)
 
 
+@pytest.mark.slow
 def test_a_row_is_the_pipelines_picture(pipe, painter):
     jobs = [job(0), job(1)]
     pictures = painter.paint(jobs)
