@@ -64,7 +64,7 @@ def one(tmp_path_factory, weights):
     return Told(out)
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", ["mixed", *(pytest.param(name, marks=pytest.mark.slow) for name in MESHES if name != "mixed")])
 def test_eight_devices_are_one(name, one, weights, tmp_path):
     launched.finish(start(tmp_path / "run", weights, MESHES[name], 8, bad=[5]))
     told = Told(tmp_path / "run")
