@@ -63,7 +63,7 @@ CASES: dict[str, Case] = {
     "train_v5p_64": Case("v5p:4x4x4", "train", ("--remat", "none", "--batch", "192", "--data", "4", "--fsdp", "16")),
     "train_v5p_64_large": Case("v5p:4x4x4", "train", ("--remat", "none", "--batch", "256", "--data", "4", "--fsdp", "16")),
     "train_2_v5e_16": Case("2*v5e:4x4", "train", ("--remat", "blocks")),
-    "train_v4_4": Case("v4:2x2x1", "train", ("--remat", "blocks")),
+    "train_v4_4": Case("v4:2x2x1", "train", ("--remat", "full")),
 }
 
 
