@@ -42,6 +42,7 @@ def make(pipe: InstantIDPipeline, *people: Person, **changes: Any) -> np.ndarray
     return pipe("a person", people=list(people), **options).images
 
 
+@pytest.mark.slow
 def test_one_person_is_a_call_with_a_mask(pipe: InstantIDPipeline) -> None:
     options = {"num_inference_steps": 2, "output_type": "latent", "control_guidance_end": 0.9}
     alone = pipe("a person", draw_kps((64, 64), KPS), EMBEDDINGS[0], control_mask=BOXES[0], **options).images

@@ -10,20 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instantid_jax.config import ComputeConfig, ModelConfig, tiny
+from instantid_jax.config import ModelConfig, tiny
+from instantid_jax.defaults import random_pipeline
 from instantid_jax.foreign import CALL, LOADING, METHODS
-from instantid_jax.models import build_networks
 from instantid_jax.pipeline import InstantIDPipeline, PipelineError, check_call
-from instantid_jax.text import Tokenizer, write_default_tokenizers
 
 
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory: pytest.TempPathFactory) -> InstantIDPipeline:
-    folder = tmp_path_factory.mktemp("tokenizers")
-    write_default_tokenizers(folder)
-    tokenizers = Tokenizer.from_directory(folder / "tokenizer"), Tokenizer.from_directory(folder / "tokenizer_2")
-    networks = build_networks(tiny(), ComputeConfig())
-    return InstantIDPipeline(tiny(), {name: network.init(jax.random.key(0)) for name, network in networks.items()}, tokenizers)
+def pipe() -> InstantIDPipeline:
+    return random_pipeline()
 
 
 def make(pipe: InstantIDPipeline, **changes: Any) -> Any:

@@ -306,6 +306,7 @@ class Compilations:
 CONSTANTS = ("0.8", "0.8 until 0.5 then 0.8", "linear(0.8, 0.8)", "cosine(0.8, 0.8)", "[0.8, 0.8, 0.8]")
 
 
+@pytest.mark.slow
 def test_a_constant_gives_the_same_bits_however_it_is_written(pipe: InstantIDPipeline) -> None:
     expected = make(pipe, ip_adapter_scale=0.8, controlnet_conditioning_scale=0.8)
     for text in CONSTANTS:
@@ -431,6 +432,7 @@ def test_the_negative_identity(pipe: InstantIDPipeline) -> None:
     np.testing.assert_allclose(tokens, pipe.encode_identity(np.concatenate([noise, EMBEDDINGS[:1]]), guided=False), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_guidance_by_branch(pipe: InstantIDPipeline) -> None:
     plain, unguided = make(pipe, guidance_scale=3.0), make(pipe, guidance_scale=1.0)
     np.testing.assert_array_equal(make(pipe, guidance_scale=3.0, identity_guidance_scale=3.0), plain)

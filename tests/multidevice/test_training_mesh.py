@@ -84,6 +84,7 @@ def denoise(tmp_path, names, part="whole"):
         told.alike(Told(tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_an_adapter_on_a_mixed_mesh_is_one_on_one_device(tmp_path):
     denoise(tmp_path, ["mixed"], "adapter")
 

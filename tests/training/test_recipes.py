@@ -201,6 +201,7 @@ DIFFERENCE = {
 
 
 SLOW = (
+    "no_adapter",
     "mlp",
     "tokens_4",
     "tokens_32",
