@@ -78,7 +78,7 @@ def test_winograd_rounds_less_than_a_plain_sum_at_sdxls_widths() -> None:
     x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
     ours = error(conv3x3_winograd(x, kernel))
     assert ours < error(one_by_one) < 2e-6
-    assert ours < 2 * error(plain(x, kernel))
+    assert ours < 2 * error(plain(x, kernel)) < 2e-6
 
 
 @pytest.mark.parametrize(
