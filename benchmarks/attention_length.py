@@ -24,7 +24,8 @@ from instantid_jax.nn.attention import _plain
 from instantid_jax.nn.splash import splash_attention
 from instantid_jax.parallel.aot import analyze
 from instantid_jax.parallel.aot_programs import Stage
-from instantid_jax.parallel.chips import device_mesh, topology_devices
+from instantid_jax.parallel.chips import topology_devices
+from instantid_jax.parallel.mesh import make_mesh
 
 SITES = ((4096, 10), (1024, 20))  # queries and heads of 64 channels
 KEYS = (128, 256, 512, 1024, 4096)
@@ -34,7 +35,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     jax.config.update("jax_platforms", "cpu")
     chip, devices = topology_devices("v5e:1x1")
-    mesh = device_mesh(devices, 1, 1, 1)
+    mesh = make_mesh(devices=devices)
     whole = NamedSharding(mesh, PartitionSpec())
 
     def told(function, *lengths: int, heads: int) -> tuple[float, float]:

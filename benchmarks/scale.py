@@ -64,7 +64,7 @@ CASES: dict[str, Case] = {
     "train_v5p_64": Case("v5p:4x4x4", "train", ("--remat", "none", "--batch", "192", "--data", "4", "--fsdp", "16")),
     "train_v5p_64_large": Case("v5p:4x4x4", "train", ("--remat", "none", "--batch", "256", "--data", "4", "--fsdp", "16")),
     "train_2_v5e_16": Case("2*v5e:4x4", "train", ("--remat", "blocks")),
-    "train_v4_4": Case("v4:2x2x1", "train", ("--remat", "full")),
+    "train_v4_4": Case("v4:2x2x1", "train", ("--remat", "blocks")),
 }
 
 
@@ -122,6 +122,18 @@ def table(results: dict[str, Any]) -> list[str]:
     return rows
 
 
+def recorded() -> dict[str, Any]:
+    """The results so far, by case."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+
+
+def put(file: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(file)
+
+
 def main() -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,16 +143,17 @@ def main() -> int:
     given = parser.parse_args()
     if given.recount and given.dump is None:
         parser.error("--recount needs --dump DIR")
-    results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for name in given.only:
+        results = recorded()
         dump = None if given.dump is None else given.dump.resolve() / name
         if given.recount and not (dump and dump.is_dir() and name in results):
             continue
-        results[name] = run(CASES[name], dump, results[name] if given.recount else None)
+        made = run(CASES[name], dump, results[name] if given.recount else None)
+        results = recorded() | {name: made}  # read again: it took long, and another case may have been written meanwhile
         ordered = {known: results[known] for known in CASES if known in results}
-        RESULTS.write_text(json.dumps(ordered, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        put(RESULTS, json.dumps(ordered, indent=1, sort_keys=True) + "\n")
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        PAGE.write_text("\n".join([before + BEGIN, "", *table(ordered), "", END]) + rest.partition(END)[2], encoding="utf-8")
+        put(PAGE, "\n".join([before + BEGIN, "", *table(ordered), "", END]) + rest.partition(END)[2])
     return 0
 
 

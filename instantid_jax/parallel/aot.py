@@ -30,8 +30,9 @@ import jax
 
 from instantid_jax.options import status_of, while_read, wrong_options
 from instantid_jax.parallel import hlo
-from instantid_jax.parallel.chips import Chip, TopologyError, device_mesh, parse_topology, topology_devices
+from instantid_jax.parallel.chips import Chip, TopologyError, parse_topology, topology_devices
 from instantid_jax.parallel.flops import kernel_flops
+from instantid_jax.parallel.mesh import make_mesh
 
 if TYPE_CHECKING:
     from instantid_jax.config import ComputeConfig, ModelConfig
@@ -108,8 +109,8 @@ class StageReport:
     error: str | None = None
 
 
-def analyze(stage: Stage, chip: Chip, slices: int, mesh: jax.sharding.Mesh) -> tuple[StageReport, Any]:
-    """Compiles a program and reads what it would do on one device."""
+def analyze(stage: Stage, chip: Chip, slices: int, mesh: jax.sharding.Mesh, dump: Path | None = None) -> tuple[StageReport, Any]:
+    """Compiles a program and reads what it would do on one device; its text is in `dump` before it is read."""
     minimum = stage.minimum() / mesh.size
     with jax.set_mesh(mesh):
         began, worked = time.perf_counter(), time.process_time()
@@ -120,6 +121,9 @@ def analyze(stage: Stage, chip: Chip, slices: int, mesh: jax.sharding.Mesh) -> t
         except jax.errors.JaxRuntimeError as error:
             return _too_large(stage, str(error), minimum, time.perf_counter() - began, time.process_time() - worked), None
         seconds, busy = time.perf_counter() - began, time.process_time() - worked
+    text = compiled.as_text()
+    if dump is not None:
+        (dump / f"{stage.name}.hlo.txt").write_text(text, encoding="utf-8")
     memory: Any = compiled.memory_analysis()
     own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     peak = own + memory.generated_code_size_in_bytes + stage.resident
@@ -130,13 +134,13 @@ def analyze(stage: Stage, chip: Chip, slices: int, mesh: jax.sharding.Mesh) -> t
         hbm_output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         hbm_resident_bytes=stage.resident,
         hbm_peak_bytes=peak,
-        **account(compiled.as_text(), inside, chip, mesh, slices),
+        **account(text, inside, chip, mesh, slices),
         flops_minimum=minimum,
         collective_minimum_bytes=stage.collective_minimum,
         largest_replicated_bytes=stage.largest_whole,
         compile_seconds=seconds,
         compile_cpu_seconds=busy,
-        fits=peak <= chip.hbm_bytes // chip.devices,
+        fits=peak <= chip.hbm_bytes,
     )
     return report, compiled
 
@@ -149,7 +153,7 @@ def account(text: str, kernels: float, chip: Chip, mesh: jax.sharding.Mesh, slic
         "kernel_flops": kernels,
         "hbm_bytes_accessed": work.hbm_bytes,
         "estimated_cycles": work.cycles,
-        "kernel_cycles": 2 * kernels * chip.devices / chip.flops_per_cycle,
+        "kernel_cycles": 2 * kernels / chip.flops_per_cycle,
         "uncounted": work.uncounted,
         "collective_bytes": work.collectives,
         "crossing_bytes": work.crossing,
@@ -223,7 +227,10 @@ def make_plan_mesh(plan: Plan) -> tuple[Chip, jax.sharding.Mesh]:
         data = plan.data or count // fsdp
         if (plan.batch or 0) % (data * fsdp):
             raise TopologyError(f"--batch {plan.batch} cannot be spread over data {data} x fsdp {fsdp}; give a multiple of {data * fsdp}")
-    return chip, device_mesh(devices, data, fsdp, plan.tensor)
+    if data * fsdp * plan.tensor != len(devices) or data % slices:
+        whole = f", and slices lie along data: a multiple of {slices}" if slices > 1 else ""
+        raise TopologyError(f"a mesh of {data} x {fsdp} x {plan.tensor} is not that of {plan.topology}, which has {len(devices)} devices{whole}")
+    return chip, make_mesh(data // slices, fsdp, plan.tensor, dcn_data=slices, devices=devices)  # in the order in which a run would have them
 
 
 def compile_plan(plan: Plan, say: Any = None, dump: Path | None = None) -> dict[str, Any]:
@@ -235,10 +242,8 @@ def compile_plan(plan: Plan, say: Any = None, dump: Path | None = None) -> dict[
     slices = parse_topology(plan.topology)[2]
     reports = []
     for stage in stages(plan, mesh):
-        report, compiled = analyze(stage, chip, slices, mesh)
+        report, _ = analyze(stage, chip, slices, mesh, dump)
         reports.append(report)
-        if dump is not None and compiled is not None:
-            (dump / f"{stage.name}.hlo.txt").write_text(compiled.as_text())
         if say is not None:
             say(f"{report.name}: compiled in {report.compile_seconds:.0f} s")
     unit = 1 if sys.platform == "darwin" else 1024
@@ -275,12 +280,11 @@ def summary(plan: Plan, chip: Chip, mesh: jax.sharding.Mesh, reports: list[Stage
             collectives[kind] = collectives.get(kind, 0) + count
     flops, moved = sum(r.flops for r in reports), sum(r.hbm_bytes_accessed for r in reports)
     crossing = sum(r.crossing_bytes for r in reports)
-    limit = chip.hbm_bytes // chip.devices
     peak = max(r.hbm_peak_bytes for r in reports)
     seconds = {
-        "compute": flops / (chip.flops / chip.devices),
-        "memory": moved / (chip.hbm_bandwidth / chip.devices),
-        "interconnect": (sum(collectives.values()) - crossing) * chip.devices / chip.ici_bandwidth + crossing * chip.devices / chip.dcn_bandwidth,
+        "compute": flops / chip.flops,
+        "memory": moved / chip.hbm_bandwidth,
+        "interconnect": (sum(collectives.values()) - crossing) / chip.ici_bandwidth + crossing / chip.dcn_bandwidth,
     }
     known = all(r.error is None for r in reports)  # of a program that was refused only its size is
     return {
@@ -290,7 +294,7 @@ def summary(plan: Plan, chip: Chip, mesh: jax.sharding.Mesh, reports: list[Stage
         "batch": _batch(plan, mesh),
         "jax": jax.__version__,
         "hbm_peak_bytes": peak,
-        "hbm_limit_bytes": limit,
+        "hbm_limit_bytes": chip.hbm_bytes,
         "fits": all(r.fits for r in reports),
         "flops": flops if known else None,
         "flops_minimum": sum(r.flops_minimum for r in reports),
@@ -334,9 +338,10 @@ def table(result: dict[str, Any]) -> str:
         ratio = f"{r['flops'] / r['flops_minimum']:.3f}" if r["flops_minimum"] else "-"
         sizes = (r[f"hbm_{name}_bytes"] for name in ("argument", "temporary", "output", "resident", "peak"))
         numbers = [f"{n / mib:,.0f}" for n in sizes]
-        ratio = "-" if r["error"] else ratio
-        numbers += [f"{r['flops'] / 1e12:.3f}", ratio, f"{r['hbm_bytes_accessed'] / 1e9:.2f}", f"{r['estimated_cycles'] / 1e6:.1f}"]
-        rows.append((r["name"], *numbers, f"{r['kernel_cycles'] / 1e6:.1f}", f"{r['compile_seconds']:.0f}", f"{r['compile_cpu_seconds']:.0f}"))
+        work = [f"{r['flops'] / 1e12:.3f}", ratio, f"{r['hbm_bytes_accessed'] / 1e9:.2f}"]
+        work += [f"{r['estimated_cycles'] / 1e6:.1f}", f"{r['kernel_cycles'] / 1e6:.1f}"]
+        numbers += ["-"] * len(work) if r["error"] else work
+        rows.append((r["name"], *numbers, f"{r['compile_seconds']:.0f}", f"{r['compile_cpu_seconds']:.0f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines += ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
     lines += [f"{r['name']}: does not fit: {r['error']}" for r in result["programs"] if r["error"]]

@@ -11,13 +11,9 @@ import os
 import re
 from typing import Any
 
-import numpy as np
-from jax.sharding import AxisType, Mesh
-
 from instantid_jax.options import OptionError
-from instantid_jax.parallel.mesh import AXES
 
-__all__ = ["CHIPS", "Chip", "TopologyError", "device_mesh", "topology_devices"]
+__all__ = ["CHIPS", "Chip", "TopologyError", "topology_devices"]
 
 GiB = 2**30
 
@@ -42,9 +38,6 @@ class Chip:
     """Bytes a second that leave a chip for other slices: its host's network, divided by the host's chips."""
     clock: float
     """Cycles a second: peak / (two operations x multipliers)."""
-    devices: int = 1
-    """JAX devices a chip: the two cores of a v4 are one device in a real pod (megacore), but two in the compiler's description of it, each
-    with half of the memory."""
     dimensions: int = 2
     """Of the torus."""
     pod: int = 256
@@ -57,7 +50,7 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(int(30.5 * GiB), 275e12, 1228e9, 300e9, 6.25e9, 1.05e9, devices=2, dimensions=3, pod=4096),
+    "v4": Chip(int(30.5 * GiB), 275e12, 1228e9, 300e9, 6.25e9, 1.05e9, dimensions=3, pod=4096),
     "v5e": Chip(int(15.75 * GiB), 197e12, 819e9, 200e9, 3.125e9, 1.5e9),
     "v5p": Chip(int(95.74 * GiB), 459e12, 2765e9, 600e9, 6.25e9, 1.75e9, dimensions=3, pod=8960),
     "v6e": Chip(int(31.25 * GiB), 918e12, 1640e9, 448e9, 6.25e9, 1.75e9),
@@ -96,6 +89,8 @@ def topology_devices(name: str) -> tuple[Chip, list[Any]]:
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if generation == "v4":
+        options["chip_config_name"] = "megacore"  # both cores are one device, as JAX has them on a v4; the description's default is a device each
     if math.prod(shape) == 1:
         options["chips_per_host_bounds"] = [1, 1, 1]
     try:
@@ -104,11 +99,3 @@ def topology_devices(name: str) -> tuple[Chip, list[Any]]:
         reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
         raise TopologyError(f"{name!r} is no topology of a {generation}, says its compiler ({reason}); one is {_EXAMPLES[generation]}") from error
     return CHIPS[generation], list(described.devices)
-
-
-def device_mesh(devices: list[Any], data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh over described devices, whole slices along `data` first. Raises TopologyError where the product is not their number."""
-    if data * fsdp * tensor != len(devices):
-        raise TopologyError(f"a mesh of {data} x {fsdp} x {tensor} needs {data * fsdp * tensor} devices; the topology has {len(devices)}")
-    ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0) or 0, d.id))
-    return Mesh(np.array(ordered).reshape(data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -12,7 +12,8 @@ import pytest
 
 from instantid_jax.parallel import aot
 from instantid_jax.parallel.aot_programs import fsdp_bound
-from instantid_jax.parallel.chips import TopologyError
+from instantid_jax.parallel.chips import TopologyError, parse_topology, topology_devices
+from instantid_jax.parallel.mesh import make_mesh
 from instantid_jax.training.program import Program
 from instantid_jax.training.recipes import load_recipe
 
@@ -155,6 +156,24 @@ def test_a_batch_that_does_not_divide_is_a_wrong_option(monkeypatch: pytest.Monk
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x2", "v4:2x2x1", "2*v5e:2x2"])
+def test_devices_lie_in_a_plan_as_in_a_run(topology: str) -> None:
+    pytest.importorskip("libtpu")
+    recipe = load_recipe(str(ROOT / "configs/portraits_quick.py"))
+    mesh = aot.make_plan_mesh(aot.Plan(topology, "train", recipe.model, recipe.compute, recipe))[1]
+    slices = parse_topology(topology)[2]
+    run = make_mesh(1, mesh.size // slices, 1, dcn_data=slices, devices=topology_devices(topology)[1])
+    assert [device.id for device in mesh.devices.flat] == [device.id for device in run.devices.flat]
+    assert slices == 1 or len({device.slice_index for device in mesh.devices[0].flat}) == 1
+
+
+def test_slices_lie_along_data() -> None:
+    pytest.importorskip("libtpu")
+    recipe = load_recipe(str(ROOT / "configs/portraits_quick.py"))
+    with pytest.raises(TopologyError, match=r"a mesh of 1 x 8 x 1 is not that of 2\*v5e:2x2, .* slices lie along data: a multiple of 2"):
+        aot.make_plan_mesh(aot.Plan("2*v5e:2x2", "train", recipe.model, recipe.compute, recipe, data=1, fsdp=8))
+
+
 def test_a_recipe_of_two_slices_is_planned_for_two_slices() -> None:
     recipe = load_recipe(str(ROOT / "configs/portraits_quick.py"))
     recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, dcn_data=2, fsdp=4))
@@ -164,7 +183,7 @@ def test_a_recipe_of_two_slices_is_planned_for_two_slices() -> None:
         aot.recipe_plan("v5e:2x4", recipe)
 
 
-def test_both_devices_of_a_v4_have_a_picture() -> None:
+def test_a_chip_of_a_v4_is_one_device_as_in_a_run() -> None:
     pytest.importorskip("libtpu")
     recipe = load_recipe(str(ROOT / "configs/portraits_quick.py"))
     for program in ("sample", "train"):
@@ -172,7 +191,7 @@ def test_both_devices_of_a_v4_have_a_picture() -> None:
         mesh = aot.make_plan_mesh(plan)[1]
         *_, last = aot.stages(plan, mesh)
         rows = jax.tree.leaves(last.arguments[2])[0]
-        assert rows.shape[0] == mesh.size == 8
+        assert rows.shape[0] == mesh.size == 4
         assert rows.sharding.shard_shape(rows.shape)[0] == 1
 
 
