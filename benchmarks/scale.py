@@ -122,7 +122,7 @@ def table(results: dict[str, Any]) -> list[str]:
     return rows
 
 
-def recorded() -> dict[str, Any]:
+def so_far() -> dict[str, Any]:
     """The results so far, by case."""
     return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
 
@@ -144,12 +144,12 @@ def main() -> int:
     if given.recount and given.dump is None:
         parser.error("--recount needs --dump DIR")
     for name in given.only:
-        results = recorded()
+        results = so_far()
         dump = None if given.dump is None else given.dump.resolve() / name
         if given.recount and not (dump and dump.is_dir() and name in results):
             continue
         made = run(CASES[name], dump, results[name] if given.recount else None)
-        results = recorded() | {name: made}  # read again: it took long, and another case may have been written meanwhile
+        results = so_far() | {name: made}  # read again: it took long, and another case may have been written meanwhile
         ordered = {known: results[known] for known in CASES if known in results}
         put(RESULTS, json.dumps(ordered, indent=1, sort_keys=True) + "\n")
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)

@@ -53,7 +53,7 @@ class Pace(NamedTuple):
     cache_interval: Array
     """Every so many calls the UNet is computed whole; a whole number."""
     control_interval: Array
-    """Every so many calls, counted from a net's first, it is run; a whole number."""
+    """Every so many calls, counted from a net's first, it is run, and whole in the next call that is; a whole number."""
     guidance: Array
     """[calls] bool: which calls are guided."""
 
@@ -98,7 +98,7 @@ class Memory(NamedTuple):
 
 
 def plan_calls(shortcuts: Shortcuts, pace: Pace | None, times: tuple[Array, ...], control_scales: Array, adapter_scale: Array) -> Call:
-    """All calls, each array with a leading axis for them. A call that is the first with guidance renews all that is carried.
+    """All calls, each array with a leading axis for them. A call that is the first with guidance, or a net's first, renews all that is carried.
 
     Strengths may lack their last axes: [calls, nets] and [calls] are the same for all residuals, layers and people.
     """
@@ -109,10 +109,23 @@ def plan_calls(shortcuts: Shortcuts, pace: Pace | None, times: tuple[Array, ...]
     if pace is None:
         pace = Pace(jnp.int32(1), jnp.int32(1), jnp.ones_like(index, bool))
     begins = pace.guidance & ~jnp.roll(pace.guidance, 1) & (index > 0)
-    whole = (index % pace.cache_interval == 0) | begins
-    due = ((index[:, None, None] - jnp.argmax(acting, axis=0)) % pace.control_interval == 0) | begins[:, None, None]
-    depth = jnp.where(whole, _WHOLE, _OUTER)[:, None, None] if shortcuts.cache_branch is not None else _WHOLE
-    return Call(times, control_scales, adapter_scale, jnp.where(acting & due, depth, _KEEP), whole, pace.guidance)
+    first = acting & (jnp.cumsum(acting, axis=0) == 1)
+    whole = (index % pace.cache_interval == 0) | begins | first.any(axis=(1, 2))
+    turn = (index[:, None, None] - jnp.argmax(acting, axis=0)) % pace.control_interval == 0
+    due = acting & _any_since(turn | begins[:, None, None], acting)
+    if shortcuts.cache_branch is None:
+        control = jnp.where(due, _WHOLE, _KEEP)
+    else:  # the inner residuals are for whole calls alone: a net whose turn came since the last one runs whole in the next
+        deep = whole[:, None, None] & acting
+        control = jnp.where(deep, jnp.where(_any_since(due, deep), _WHOLE, _KEEP), jnp.where(due, _OUTER, _KEEP))
+    return Call(times, control_scales, adapter_scale, control, whole, pace.guidance)
+
+
+def _any_since(marks: Array, calls: Array) -> Array:
+    """For every call whether it is marked, or one since the last of `calls` before it is; along the first axis."""
+    count = jnp.cumsum(marks, axis=0)
+    seen = jax.lax.cummax(jnp.where(calls, count, 0), axis=0)
+    return count > jnp.concatenate([jnp.zeros_like(seen[:1]), seen[:-1]])
 
 
 def conditional_branch(branches: int, call: Call, fixed: Fixed) -> tuple[Call, Fixed]:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from instantid_jax import denoise as programs
 from instantid_jax.config import ComputeConfig, IdentityNetConfig, SchedulerConfig, UNetConfig
@@ -21,7 +23,7 @@ from instantid_jax.models.identitynet import IdentityNet
 from instantid_jax.models.unet import Residuals
 from instantid_jax.models.unet import UNet as UNetModule
 from instantid_jax.parallel.flops import count_flops, executed_flops
-from instantid_jax.prediction import Pace, Shortcuts
+from instantid_jax.prediction import Pace, Shortcuts, plan_calls
 from instantid_jax.strengths import adapter_places, control_places, read_strength
 
 CALLS, SIDE, WIDTH, TOKENS = 5, 8, 40, 16
@@ -257,15 +259,17 @@ def one_call(weights: Any, c: Conditions, x: jax.Array, t: jax.Array, scale: jax
 
 def plain_loop(c: Case, cache: int, control: int, guided: np.ndarray) -> np.ndarray:
     """Cached denoising, written again without branches: decisions are Python's, one call after the other."""
-    state, deep, kept = SAMPLER.init(jnp.asarray(c.noise) * PLAN.init_noise_sigma), None, None
+    state, deep, kept, waits = SAMPLER.init(jnp.asarray(c.noise) * PLAN.init_noise_sigma), None, None, False
     halves = c.conditions, c.conditions._replace(**jax.tree.map(lambda a: a[1:], {k: getattr(c.conditions, k) for k in PER_ROW}))
     first = int(np.argmax(np.asarray(c.conditions.control_scales[:, 0]) != 0))
     for i in range(CALLS):
         row = {name: column[i] for name, column in PLAN.rows.items()}
         scale = c.conditions.control_scales[i, 0]
         begins = i > 0 and guided[i] and not guided[i - 1]
-        whole = bool(i % cache == 0 or begins)
-        fresh = kept is None or bool(scale != 0 and ((i - first) % control == 0 or begins))
+        whole = bool(i % cache == 0 or begins or i == first)
+        waits = waits or bool(scale != 0 and ((i - first) % control == 0 or begins))  # for a call that computes the inner residuals
+        fresh = kept is None or bool(scale != 0 and ((i - first) % control == 0 or begins or (whole and waits)))
+        waits = waits and not (whole and scale != 0)
         if not guided[i] and deep is not None and len(deep) == 2:
             deep, kept = jax.tree.map(lambda a: a[1:], (deep, kept))
         x = SAMPLER.model_input(state, row)
@@ -278,7 +282,11 @@ def plain_loop(c: Case, cache: int, control: int, guided: np.ndarray) -> np.ndar
 
 @pytest.mark.parametrize(
     ("cache", "control", "guided", "start"),
-    [(3, 2, (1, 1, 1, 0, 0), 0.0), pytest.param(4, 1, (0, 0, 1, 1, 0), 0.3, marks=pytest.mark.slow)],
+    [
+        (3, 2, (1, 1, 1, 0, 0), 0.0),
+        pytest.param(4, 1, (0, 0, 1, 1, 0), 0.3, marks=pytest.mark.slow),
+        pytest.param(2, 2, (1, 1, 1, 1, 1), 0.15, marks=pytest.mark.slow),
+    ],
 )
 def test_shortcuts_against_a_plain_loop(cache: int, control: int, guided: tuple[int, ...], start: float) -> None:
     c, wanted = case(start=start), np.asarray(guided, bool)
@@ -286,6 +294,47 @@ def test_shortcuts_against_a_plain_loop(cache: int, control: int, guided: tuple[
     expected = plain_loop(c, cache, control, wanted)
     assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max()
     assert np.abs(ours - run(c)).max() > 1e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("cache", "control", "strengths", "guided_from", "whole", "net"),
+    [
+        (3, 2, "111111111", 0, "100100100", "201210201"),
+        (3, 3, "011111111", 0, "110100100", "020010210"),  # a net's first call is whole, whatever the intervals
+        (4, 9, "001110011", 0, "101010001", "002000000"),
+        (9, 9, "011101110", 4, "110010000", "020001000"),  # guidance begins where the net rests: it runs when it acts again
+        (1, 2, "111111111", 0, "111111111", "202020202"),
+    ],
+)
+def test_a_net_whose_turn_was_between_whole_calls_is_whole_in_the_next(
+    cache: int, control: int, strengths: str, guided_from: int, whole: str, net: str
+) -> None:
+    scales = jnp.asarray([[float(s)] for s in strengths])
+    paced = Pace(jnp.int32(cache), jnp.int32(control), jnp.arange(len(scales)) >= guided_from)
+    calls = plan_calls(ALL, paced, (), scales, jnp.ones(len(scales)))
+    assert "".join(str(int(w)) for w in calls.whole) == whole
+    assert "".join(map(str, calls.control[:, 0, 0])) == net
+
+
+@given(
+    st.integers(1, 4), st.integers(1, 4), st.lists(st.booleans(), min_size=12, max_size=12), st.lists(st.booleans(), min_size=12, max_size=12)
+)
+@settings(deadline=None, max_examples=200)
+def test_a_net_acts_with_no_residuals_that_were_never_computed(cache: int, control: int, acts: list[bool], guided: list[bool]) -> None:
+    paced = Pace(jnp.int32(cache), jnp.int32(control), jnp.asarray(guided))
+    calls = plan_calls(ALL, paced, (), jnp.asarray(acts, jnp.float32)[:, None], jnp.ones(12))
+    runs, whole = np.asarray(calls.control[:, 0, 0]), np.asarray(calls.whole)
+    inner = outer = -100  # calls of which the residuals are
+    begun = 0
+    for i, acting in enumerate(acts):
+        begun = i if i and guided[i] and not guided[i - 1] else begun
+        assert acting or runs[i] == 0
+        assert runs[i] != 2 or whole[i]
+        inner, outer = (i if runs[i] == 2 else inner), (i if runs[i] else outer)
+        if acting:
+            assert outer >= begun and i - outer < control
+        if acting and whole[i]:
+            assert inner >= begun
 
 
 # --- what is left out is not computed
