@@ -21,6 +21,7 @@ import tyro
 try:
     from instantid_jax.options import OptionError, check_folder, status_of, while_read, wrong_options
     from instantid_jax.parallel.distributed import is_main, join, leave, synchronize
+    from instantid_jax.parallel.environment import check_joining
     from instantid_jax.running import keep_compiled, noted_signals
     from instantid_jax.training.checks import missing_data
     from instantid_jax.training.config import TrainConfig
@@ -82,10 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(command: Command) -> int:
     """Plans or trains. Raises ValueError, OSError or BadSteps with one clear message."""
+    check_joining(command.distributed, command.coordinator, command.processes, command.process)
     if command.distributed:
         join(command.coordinator, command.processes, command.process)
-    elif (command.coordinator, command.processes, command.process) != (None, None, None):
-        raise OptionError("--coordinator, --processes and --process go with --distributed")
     asked = [f"--{name.replace('_', '-')}" for name in ("explain_sharding", "aot", "dry_run") if getattr(command, name)]
     if len(asked) > 1:
         raise OptionError(f"{' and '.join(asked)} are plans of different kinds; ask for one")

@@ -31,6 +31,8 @@ __all__ = ["JobError", "Picture", "in_fields", "read_jobs"]
 COMMON = ("weights", "weights_dtype", "lora", "lora_scale", "allow_unknown_lora_keys", "controlnet", "analyzer", "analyzer_root", "dtype")
 """Options that are the same for all jobs: on the command line alone."""
 
+_LONGEST = 200
+"""Bytes of a folder's name, of the 255 that file systems take."""
 _HINTS = {
     name: hint for name, hint in typing.get_type_hints(SampleOptions).items() if name not in (*RUN_OPTIONS, *COMMON, *NOT_FOR_JOBS, "num_images")
 }
@@ -67,7 +69,7 @@ def read_jobs(path: Path, given: SampleOptions, config: ModelConfig) -> list[Pic
     is read but the file itself, so photos are not looked at.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold other separators as they are
     except UnicodeDecodeError as error:
         raise JobError(f"{path}: is no UTF-8 text ({error})") from error
     pictures: list[Picture] = []
@@ -172,7 +174,7 @@ def _folder(person: Any, face: Path) -> str:
     plain = re.sub(r"[^\w.-]+", "_", name).strip("._")
     if not plain:
         raise ValueError(f"person must have letters or digits to name a folder, not {name!r}")
-    return plain[:100]
+    return plain.encode()[:_LONGEST].decode(errors="ignore")
 
 
 def in_fields(message: str) -> str:

@@ -8,6 +8,7 @@ files that ``sample.py`` alone writes with the same settings.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -31,6 +32,7 @@ from instantid_jax.lora import Lora
 from instantid_jax.options import OptionError, check_folder
 from instantid_jax.output import file_digest, read_settings, run_settings, save_picture, suffix_of, weights_digest
 from instantid_jax.parallel.distributed import agreed, flag_raised, is_main, join, raise_flag, stacked, synchronize
+from instantid_jax.parallel.environment import check_joining
 from instantid_jax.pipeline import PipelineError, check_call
 from instantid_jax.references import check_files, read_identity
 from instantid_jax.request import Request
@@ -43,6 +45,8 @@ __all__ = ["run_jobs"]
 
 _PATIENCE = 7 * 24 * 3600.0  # seconds that a process that is ready waits for one that still draws
 _PLACES = ("model", "weights", "controlnet", "lora", "analyzer_root")  # settings that say where something lies, not what it is
+_OWN_PLACE = {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EINVAL, errno.EILSEQ}
+"""Errors of one file's place. Others, a full disk among them, are errors of all pictures."""
 _TELL = 10.0  # seconds between two lines of progress
 
 
@@ -76,6 +80,7 @@ def run_jobs(given: SampleOptions, loras_for: Callable[[ModelConfig], Sequence[L
     pictures: the file, the options, the weights, the folder.
     """
     assert given.jobs is not None
+    check_joining(given.distributed, given.coordinator, given.processes, given.process)
     if given.distributed:
         join(given.coordinator, given.processes, given.process)
     if given.num_images != 1:
@@ -148,7 +153,7 @@ class _Drawing:
         self._tell(f"{len(tasks) - len(wanted)} of {len(tasks)} pictures are there already")
         waiting: dict[Hashable, list[_Prepared]] = {}
         for task in wanted:
-            if self.stopping:
+            if self._is_stopped():
                 break
             prepared = self._prepare(task)
             if prepared is None:
@@ -159,8 +164,9 @@ class _Drawing:
                 self._draw(batch)
                 batch.clear()
         for batch in waiting.values():
-            if batch and not self.stopping:
+            if batch and not self._is_stopped():
                 self._draw(batch)
+        self._is_stopped()
 
     def _is_made(self, task: _Task, row: dict[str, Any] | None) -> bool:
         """Whether the picture is there and whole. One without a row, of a process that was killed between the two, gets its row."""
@@ -217,21 +223,38 @@ class _Drawing:
         return found
 
     def _draw(self, batch: list[_Prepared]) -> None:
-        """Draws and writes pictures of one kind, and asks whether to stop."""
-        drawn = self.spread.draw(batch[0].request, [prepared.inputs for prepared in batch])
+        """Draws and writes pictures of one kind. Those that are too large, or whose files have impossible places, are failures of their own."""
+        try:
+            drawn = self.spread.draw(batch[0].request, [prepared.inputs for prepared in batch])
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            for task, _, _ in batch:
+                self._fail(task, "too_large", "does not fit into the device's memory; ask for a smaller picture, or see docs/speed.md")
+            return
         for (task, _, _), pictures in zip(batch, drawn, strict=True):
             if not np.isfinite(pictures).all():
                 self._fail(task, "not_finite", "the networks gave values that are not finite; use --dtype float32 or bfloat16, or check the weights")
                 continue
             image, s, path = Image.fromarray(np.round(pictures[0] * 255).astype(np.uint8)), task.picture.options, self.out / task.path
-            save_picture(image, path, run_settings(image.size, inputs_of(s), settings_of(s, self.loras)) | {"seed": s.seed})
+            try:
+                save_picture(image, path, run_settings(image.size, inputs_of(s), settings_of(s, self.loras)) | {"seed": s.seed})
+            except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno not in _OWN_PLACE:
+                    raise
+                self._fail(task, "unwritable", f"cannot be written: {in_fields(str(error))}")
+                continue
             self.ledger.add(task.path, "made", **task.about, bytes=path.stat().st_size)
             self.done += 1
         self._tell(None)
+
+    def _is_stopped(self) -> bool:
+        """Whether to stop. A process that was told so tells the others, who look here too."""
         if self.stopping:
             raise_flag("stop")
         elif flag_raised("stop"):
             self.stopping.append(0)
+        return bool(self.stopping)
 
     def _fail(self, task: _Task, reason: str, message: str) -> None:
         self.ledger.add(task.path, "failed", **task.about, reason=reason, message=message)

@@ -13,6 +13,7 @@ from instantid_jax import editing, face_refine
 from instantid_jax.control_maps import check_preprocessors
 from instantid_jax.diffusion import PRESETS
 from instantid_jax.face import read_view
+from instantid_jax.parallel.environment import check_joining
 from instantid_jax.published import did_you_mean
 from instantid_jax.request import read_sampler_options
 from instantid_jax.strengths import StrengthError, number_or_text
@@ -171,8 +172,10 @@ class SampleOptions:
     def check(self) -> None:
         """Raises ValueError for options that do not go together."""
         self._check_editing()
-        if self.distributed and self.jobs is None:
-            raise ValueError("--distributed goes with --jobs, whose pictures the processes share")
+        if self.jobs is None:
+            if self.distributed:
+                raise ValueError("--distributed goes with --jobs, whose pictures the processes share")
+            check_joining(False, self.coordinator, self.processes, self.process)
         if len(self.control_image) != len(self.controlnet) or len(self.control_scale) not in (0, len(self.controlnet)):
             raise ValueError("--control-image and --control-scale go with --controlnet: one of each for every ControlNet")
         check_preprocessors(self.control_preprocess, len(self.control_model), len(self.controlnet))

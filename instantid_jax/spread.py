@@ -44,7 +44,7 @@ class Spread:
     @staticmethod
     def kind(request: Request, inputs: Inputs) -> Hashable:
         """Calls of the same kind share a program."""
-        shapes = tuple((x.shape, str(x.dtype)) for x in map(np.asarray, jax.tree.leaves(inputs)))
+        shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(inputs))
         return request.solver, request.guided, request.shortcuts, request.tiling, jax.tree.structure(inputs), shapes
 
     def draw(self, request: Request, calls: Sequence[Inputs]) -> np.ndarray:

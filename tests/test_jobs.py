@@ -3,6 +3,7 @@
 import json
 import signal
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -72,7 +73,7 @@ def report(tmp_path):
 
 
 def ledger(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (tmp_path / "out" / "ledger.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 
 def test_all_are_made_and_told_once(stub, face, tmp_path, capsys):
@@ -187,6 +188,55 @@ def test_what_concerns_all_pictures_ends_the_run(stub, face, tmp_path):
         run(tmp_path, {"face": face})
     with pytest.raises(ValueError, match="--distributed goes with --jobs"):
         SampleOptions(distributed=True).check()
+    for place in ({"coordinator": "a:1"}, {"processes": 2}, {"process": 0}):
+        with pytest.raises(ValueError, match="--coordinator, --processes and --process go with --distributed"):
+            SampleOptions(**place).check()
+        with pytest.raises(ValueError, match="--coordinator, --processes and --process go with --distributed"):
+            run(tmp_path, {"face": face}, **place)
+
+
+def test_a_picture_that_cannot_be_drawn_or_written_fails_alone(stub, face, tmp_path, monkeypatch):
+    lines = [{"face": face, "prompt": "x", "seed": [1, 2]}, {"face": face, "person": "bob", "prompt": "x", "seed": [3, 4]}]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "anna").write_text("a file where a folder should be")
+    assert run(tmp_path, *lines) == 3
+    assert report(tmp_path) == [4, 2, 2, 0] and [row.get("reason") for row in ledger(tmp_path)] == ["unwritable"] * 2 + [None] * 2
+    (tmp_path / "out" / "anna").unlink()
+    draw = stub.draw
+    monkeypatch.setattr(stub, "draw", lambda request, calls: too_large() if len(set(calls[0]["size"].shape)) == 2 else draw(request, calls))
+
+    def too_large():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+    assert run(tmp_path, {"face": face, "prompt": "x", "height": 64, "width": 128}, *lines) == 3
+    assert report(tmp_path) == [5, 4, 1, 0] and [row["reason"] for row in ledger(tmp_path) if row["status"] == "failed"] == ["too_large"]
+    stub.draw, stub.fail = draw, jax.errors.JaxRuntimeError("INTERNAL: something else")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        run(tmp_path, {"face": face, "prompt": "y"})
+
+
+def test_a_signal_before_the_first_picture_is_told_to_the_others(stub, face, tmp_path, monkeypatch):
+    raised = []
+    monkeypatch.setattr(jobs, "raise_flag", raised.append)
+    prepare = jobs._Drawing._prepare
+    monkeypatch.setattr(jobs._Drawing, "_prepare", lambda self, task: signal.raise_signal(signal.SIGTERM) or prepare(self, task))
+    assert run(tmp_path, {"face": face, "prompt": "x", "seed": [1, 2, 3]}) == 75
+    assert "stop" in raised and stub.drawn == []
+
+
+def test_another_process_s_signal_stops_before_the_next_picture(stub, face, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "flag_raised", lambda name: len(stub.drawn) >= 2)
+    assert run(tmp_path, {"face": face, "prompt": "x", "seed": [1, 2, 3, 4, 5]}) == 75
+    assert stub.drawn == [1, 2] and report(tmp_path) == [5, 2, 0, 3]
+
+
+def test_names_and_texts_that_json_allows(stub, face, tmp_path):
+    (tmp_path / "jobs.jsonl").write_text(
+        json.dumps({"face": face, "prompt": "one\u2028two\x85three", "person": "王" * 100, "seed": 1}, ensure_ascii=False) + "\r\n", encoding="utf-8"
+    )
+    assert jobs.run_jobs(SampleOptions(jobs=tmp_path / "jobs.jsonl", out=tmp_path / "out", watermark=False), lambda config: []) == 0
+    (row,) = ledger(tmp_path)
+    assert row["prompt"] == "one\u2028two\x85three" and row["path"].split("/")[0] == "王" * 66
 
 
 def test_weights_without_a_manifest_are_told_apart_by_their_files(tmp_path):

@@ -254,7 +254,8 @@ class Slurm:
         script = ["#!/bin/bash", *(f"#SBATCH {line}" for line in lines), "set -euo pipefail"]
         script += [f"export {name}={shlex.quote(value)}" for name, value in _variables(self.env).items()]
         script += [f"cd {shlex.quote(self.folder)}"] if self.folder else []
-        script += ["status=0", f"srun --kill-on-bad-exit=1 {shlex.join(command)} || status=$?"]
+        script += ["status=0", f"srun --kill-on-bad-exit=0 {shlex.join(command)} || status=$?"]
+        # The first process that leaves with status 75 must not have the others killed, who are leaving too: srun tells the highest status.
         if self.requeue:
             script += [f'if [ "$status" -eq {EXIT_INTERRUPTED} ]; then', '  scontrol requeue "$SLURM_JOB_ID"', "fi"]
         return Launch(["sbatch"], "\n".join([*script, 'exit "$status"', ""]))

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from instantid_jax.options import OptionError
-from instantid_jax.parallel.environment import Place, place_of
+from instantid_jax.parallel.environment import Place, place_of, with_port
 
 __all__ = ["MissingProcess", "agreed", "flag_raised", "is_main", "join", "leave", "put_whole", "raise_flag", "stacked", "synchronize", "to_host"]
 
@@ -41,16 +41,16 @@ class MissingProcess(TimeoutError):
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, timeout: float = START) -> None:
     """Joins the other processes; call it before anything else of JAX.
 
-    Given are the address ("host:port") of process 0, how many processes there are and which one this is, or nothing: then the
+    Given are the address ("host:port", or a host for port 1234) of process 0, how many processes there are and which one this is, or nothing: then the
     environment says so (`environment`), or JAX finds it on TPU pods, Slurm and Open MPI.
 
-    Raises `OptionError` for a part of these, and where this process is not one of them. Where the others do not come within `timeout` seconds
+    Raises `OptionError` for a part of these, for what is no address, and where this process is not one of them. Where the others do not come within `timeout` seconds
     the process ends with exit status 1 and one sentence: JAX waits in native code that nothing else can end.
     """
     given = (coordinator, processes, process)
     if None in given and given != (None, None, None):
         raise OptionError("name coordinator, number of processes and this process's number together, or none of them")
-    place = place_of(os.environ) if coordinator is None or processes is None or process is None else Place(coordinator, processes, process)
+    place = place_of(os.environ) if coordinator is None or processes is None or process is None else Place(with_port(coordinator), processes, process)
     if place is not None and not 0 <= place.process < place.processes:
         raise OptionError(f"there is no process {place.process} of {place.processes}; they are counted from 0")
     timer = threading.Timer(timeout, _nobody_came, [place, timeout])

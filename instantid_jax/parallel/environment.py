@@ -11,12 +11,13 @@ said, and what a JobSet of several jobs says (the names are those that xpk's wor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from instantid_jax.options import OptionError
 
-__all__ = ["PORT", "Place", "place_of"]
+__all__ = ["PORT", "Place", "check_joining", "place_of", "with_port"]
 
 PORT = 1234
 """Port of process 0 where nothing says another."""
@@ -37,15 +38,32 @@ def place_of(environment: Mapping[str, str]) -> Place | None:
     Raises OptionError for variables that are there in part, or are no numbers in range.
     """
     address = environment.get("JAX_COORDINATOR_ADDRESS")
-    if not address or "JAX_PROCESS_COUNT" not in environment:
+    if "JAX_PROCESS_COUNT" not in environment:
         return None
+    if not address:
+        raise OptionError("JAX_PROCESS_COUNT is set, but not JAX_COORDINATOR_ADDRESS: the host of process 0, for each of them")
     processes = _number(environment, "JAX_PROCESS_COUNT", 1)
     process = _process(environment)
     if process >= processes:
         raise OptionError(f"the environment makes this process {process}, but JAX_PROCESS_COUNT is {processes}; processes are counted from 0")
-    bare = address.count(":") != 1 and not address.rpartition("]")[2].startswith(":")
     port = _number(environment, "JAX_COORDINATOR_PORT", 1) if "JAX_COORDINATOR_PORT" in environment else PORT
-    return Place(f"{address}:{port}" if bare else address, processes, process)
+    return Place(with_port(address, port), processes, process)
+
+
+def with_port(address: str, port: int = PORT) -> str:
+    """ "host:port" of a host's name or number, with a port of its own or this one; a number of IPv6 comes in brackets. Raises OptionError."""
+    if address.count(":") > 1 and "[" not in address:
+        address = f"[{address}]"
+    found = re.fullmatch(r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:\[\]]+)(?::(\d+))?", address)
+    if found is None or not 0 < int(found[2] or port) < 2**16:
+        raise OptionError(f"{address!r} is no address of process 0; write its host and, after a colon, a port from 1 to 65535, as host0:{PORT}")
+    return f"{found[1]}:{found[2] or port}"
+
+
+def check_joining(distributed: bool, *place: str | int | None) -> None:
+    """Raises OptionError for --coordinator, --processes or --process where the processes are not asked to join."""
+    if not distributed and place != (None,) * len(place):
+        raise OptionError("--coordinator, --processes and --process go with --distributed")
 
 
 def _process(environment: Mapping[str, str]) -> int:

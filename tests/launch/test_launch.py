@@ -171,7 +171,7 @@ def test_a_slurm_script_runs_and_goes_back_into_the_queue_when_it_was_stopped(st
     ]
     tool(tmp_path, "scontrol", f"open({str(tmp_path / 'queue')!r}, 'w').write(' '.join(sys.argv[1:]))")
     told = ran(tmp_path, script, "srun", status, status, SLURM_JOB_ID="17")
-    assert told == {"words": ["--kill-on-bad-exit=1", *NASTY], "folder": str(tmp_path), "X": "a b"}
+    assert told == {"words": ["--kill-on-bad-exit=0", *NASTY], "folder": str(tmp_path), "X": "a b"}
     assert (tmp_path / "queue").is_file() == (status == 75)
     if status == 75:
         assert (tmp_path / "queue").read_text() == "requeue 17"

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh
 
 from instantid_jax.parallel import mesh as module
 from instantid_jax.parallel.distributed import agreed, join, leave, put_whole, stacked, synchronize, to_host
-from instantid_jax.parallel.environment import place_of
+from instantid_jax.parallel.environment import place_of, with_port
 from instantid_jax.parallel.mesh import abstract_mesh, batch_rows, make_mesh
 
 
@@ -60,12 +60,12 @@ def test_a_mesh_may_be_planned_without_devices():
     [
         ({}, None),
         ({"JAX_COORDINATOR_ADDRESS": "a:9"}, None),
-        ({"JAX_PROCESS_COUNT": "2", "JAX_PROCESS_ID": "1"}, None),
         ({"JAX_COORDINATOR_ADDRESS": "a:9", "JAX_PROCESS_COUNT": "2", "JAX_PROCESS_ID": "1"}, ("a:9", 2, 1)),
         ({"JAX_COORDINATOR_ADDRESS": "a", "JAX_PROCESS_COUNT": "2", "NODE_RANK": "0"}, ("a:1234", 2, 0)),
         ({"JAX_COORDINATOR_ADDRESS": "a", "JAX_COORDINATOR_PORT": "77", "JAX_PROCESS_COUNT": "2", "NODE_RANK": "0"}, ("a:77", 2, 0)),
         ({"JAX_COORDINATOR_ADDRESS": "[::1]:5", "JAX_PROCESS_COUNT": "2", "JAX_PROCESS_ID": "1"}, ("[::1]:5", 2, 1)),
         ({"JAX_COORDINATOR_ADDRESS": "[::1]", "JAX_PROCESS_COUNT": "2", "JAX_PROCESS_ID": "1"}, ("[::1]:1234", 2, 1)),
+        ({"JAX_COORDINATOR_ADDRESS": "fe80::1", "JAX_PROCESS_COUNT": "2", "JAX_PROCESS_ID": "1"}, ("[fe80::1]:1234", 2, 1)),
         ({"JAX_COORDINATOR_ADDRESS": "a", "JAX_PROCESS_COUNT": "3", "JOB_COMPLETION_INDEX": "2"}, ("a:1234", 3, 2)),
         (
             {"JAX_COORDINATOR_ADDRESS": "a", "JAX_PROCESS_COUNT": "8", "JOB_COMPLETION_INDEX": "3", "JOB_INDEX": "1", "PROCESSES_IN_JOB": "4"},
@@ -86,11 +86,23 @@ def test_the_environment_says_where(environment, place):
         ({"JAX_PROCESS_COUNT": "2", "JAX_PROCESS_ID": "2"}, "makes this process 2, but JAX_PROCESS_COUNT is 2"),
         ({"JAX_PROCESS_COUNT": "2"}, "nothing says which process this is: set JAX_PROCESS_ID"),
         ({"JAX_PROCESS_COUNT": "2", "JOB_INDEX": "0", "JOB_COMPLETION_INDEX": "0"}, "not PROCESSES_IN_JOB"),
+        ({"JAX_PROCESS_COUNT": "2", "JAX_PROCESS_ID": "1", "JAX_COORDINATOR_ADDRESS": ""}, "not JAX_COORDINATOR_ADDRESS"),
+        ({"JAX_PROCESS_COUNT": "2", "JAX_PROCESS_ID": "1", "JAX_COORDINATOR_ADDRESS": "a:b"}, "'a:b' is no address of process 0"),
     ],
 )
 def test_half_an_environment_is_refused(variables, message):
     with pytest.raises(ValueError, match=message):
         place_of({"JAX_COORDINATOR_ADDRESS": "a"} | variables)
+
+
+@pytest.mark.parametrize("address", ["host:", "host:0", "host:70000", ":5", "a b", "[::1", "http://a:1"])
+def test_what_is_no_address_is_refused_before_anybody_waits(address):
+    with pytest.raises(ValueError, match=r"is no address of process 0; write its host and, after a colon, a port"):
+        join(address, 2, 1)
+
+
+def test_a_host_alone_has_the_usual_port():
+    assert (with_port("host"), with_port("host:5"), with_port("::1", 7)) == ("host:1234", "host:5", "[::1]:7")
 
 
 def test_a_place_beyond_the_last_is_refused():
