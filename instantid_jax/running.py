@@ -70,10 +70,13 @@ def keep_compiled() -> Path | None:
     """From here on compiled programs are kept on disk, and the next process that needs one reads it; returns where, None for nowhere.
 
     The folder is `$XDG_CACHE_HOME/instantid_jax` (`~/.cache/instantid_jax`). JAX's own variables count first:
-    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing, and
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS leaves out what compiles faster: nothing by default, since a picture has two dozen small programs.
     """
     if not jax.config.values["jax_enable_compilation_cache"]:
         return None
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if named := jax.config.values["jax_compilation_cache_dir"]:
         return Path(named)
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "instantid_jax"

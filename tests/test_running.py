@@ -29,7 +29,6 @@ import sys
 import jax, jax.numpy as jnp
 from instantid_jax.running import keep_compiled
 print(keep_compiled())
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.monitoring.register_event_listener(lambda name, **_: print(name) if "cache_hits" in name else None)
 jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8)))
 """
