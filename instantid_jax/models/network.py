@@ -46,8 +46,8 @@ class Network:
     int8: bool = False
     """Whether kernels are held as 8-bit integers with a scale for every output channel, for inference (`nn.linear`)."""
 
-    def _module(self, key: jax.Array) -> nnx.Module:
-        module = self.make(self.config, compute=self.compute, rngs=nnx.Rngs(key))
+    def _module(self, rngs: Any) -> nnx.Module:
+        module = self.make(self.config, compute=self.compute, rngs=rngs)
         name_tensor_axes(module)
         if self.int8:
             store_int8(module)
@@ -71,7 +71,7 @@ class Network:
         """Random weights in float32."""
         if self.int8:
             return quantize(self.plain.init(key))
-        return _string_keys(nnx.to_pure_dict(nnx.state(self._module(key))))
+        return _string_keys(nnx.to_pure_dict(nnx.state(self._module(nnx.Rngs(key)))))
 
     def bind(self, parameters: Mapping[str, Any]) -> Any:
         """The module with these weights, for use inside a traced function."""
@@ -127,10 +127,20 @@ def _stack(layers: Sequence[Any]) -> Any:
     return out
 
 
+class _OneKey(nnx.Rngs):
+    """The same key for all, where shapes alone are asked for: counting keys takes half of the tracing."""
+
+    def __init__(self, key: jax.Array) -> None:
+        self.key = nnx.data(key)
+
+    def params(self) -> jax.Array:
+        return self.key
+
+
 @functools.lru_cache(maxsize=64)
 def _trace(network: Network) -> tuple[nnx.GraphDef[Any], Tree]:
     """Definition and shapes of a network; tracing takes a second, so equal networks share it. The tree is not to be changed."""
-    module = nnx.eval_shape(lambda: network._module(jax.random.key(0)))
+    module = nnx.eval_shape(lambda: network._module(_OneKey(jax.random.key(0))))
     graphdef, state = nnx.split(module)
     return graphdef, _string_keys(nnx.to_pure_dict(state))
 

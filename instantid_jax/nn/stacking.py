@@ -28,7 +28,7 @@ def stack_of(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) -> L
     """`depth` independently initialised layers as one module with stacked parameters."""
 
     def one(key: jax.Array) -> Layer:
-        return make(nnx.Rngs(key))
+        return make(type(rngs)(key))
 
     return nnx.vmap(one, in_axes=0, out_axes=0)(jax.random.split(rngs.params(), depth))
 
