@@ -4,7 +4,7 @@
     python benchmarks/growth.py --model portraits --json growth.json
 
 The denoising program of the pipeline (`instantid_jax.denoise.denoise`: conditions, then the loop over the steps, with guidance), one step at 256 to
-1024 pixels, one step for 1 to 8 pictures of 256 pixels, and 1 to 8 steps of one picture; the small model draws a quarter of these pixels. Seconds
+1024 pixels, one step for 1 to 8 pictures of 256 pixels, and 1 to 8 steps of one picture; the small model draws a quarter as high and wide. Seconds
 are medians of `--repeats` calls after an untimed one, memory is XLA's plan for what is needed beside weights and inputs. Exponents are fitted to
 log y = a + k log x: 1 is proportional, 2 is what attention's scores alone would do with pixels. Needs the packages of the tests (`.[dev]`).
 """

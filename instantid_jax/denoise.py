@@ -253,7 +253,7 @@ def denoise(
 def denoise_watched(
     denoiser: Denoiser, sampler: Sampler, guided: bool, parameters: Parameters, inputs: Inputs, shortcuts: Shortcuts, on_call: Callable[[int], None]
 ) -> Array:
-    """The latents of `denoise`, from one program for what comes before the calls and one for a call; the noise is used up.
+    """The latents of `denoise`, from one program for what comes before the calls and one for a call.
 
     `on_call` gets the number of each finished call. The device has the next one before a call ends; what `on_call` raises is raised here
     at once, and the device ends with the call that it has. (One program that calls back would not be kept by JAX's compilation cache.)

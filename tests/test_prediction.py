@@ -316,9 +316,7 @@ def test_a_net_whose_turn_was_between_whole_calls_is_whole_in_the_next(
     assert "".join(map(str, calls.control[:, 0, 0])) == net
 
 
-@given(
-    st.integers(1, 4), st.integers(1, 4), st.lists(st.booleans(), min_size=12, max_size=12), st.lists(st.booleans(), min_size=12, max_size=12)
-)
+@given(st.integers(1, 4), st.integers(1, 4), st.lists(st.booleans(), min_size=12, max_size=12), st.lists(st.booleans(), min_size=12, max_size=12))
 @settings(deadline=None, max_examples=200)
 def test_a_net_acts_with_no_residuals_that_were_never_computed(cache: int, control: int, acts: list[bool], guided: list[bool]) -> None:
     paced = Pace(jnp.int32(cache), jnp.int32(control), jnp.asarray(guided))

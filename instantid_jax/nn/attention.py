@@ -24,7 +24,7 @@ from instantid_jax.nn.platform import target_platform
 _SHORT = 256  # keys: below this the scores are small and one fused einsum is best everywhere
 _QUERY_BLOCK = 1024
 _CUDNN_WIDEST = 128  # channels a head that every generation's kernels take
-_MANY_SCORES = 1 << 26  # a quarter of a gigabyte in float32, for every example and head
+_MANY_SCORES = 1 << 26  # of one head of one example: a quarter of a gigabyte in float32
 
 
 class KeysValues(NamedTuple):
@@ -142,7 +142,7 @@ class Attention(nnx.Module):
         k, v = self.project(x) if context is None else context
         out = dot_product_attention(q, k, v, mask=mask, backend=self.backend)
         if identity is not None and identity.keys_values.k.ndim > q.ndim:
-            assert identity.mask is not None
+            assert identity.mask is not None, "several people are told apart by masks"
             each = jax.vmap(lambda k, v: dot_product_attention(q, k, v, backend=self.backend), in_axes=1, out_axes=1)(*identity.keys_values)
             weights = (identity.scale * identity.mask).astype(out.dtype).transpose(0, 2, 1)  # [b, p, n]
             out = out + jnp.sum(weights[..., None, None] * each, axis=1)

@@ -52,7 +52,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"], *, doubled: bool = False) -> Float[Array, "b h2 w2 c2"]:
         """The convolution of `x`, or with `doubled` (3 x 3, stride one) of `x` enlarged to twice its height and width by nearest neighbours."""
-        as_tiles = doubled and target_platform() == "cpu" and self.dtype == jnp.float32
+        as_tiles = doubled and self._is_plain_3x3 and target_platform() == "cpu" and self.dtype == jnp.float32
         if doubled and not as_tiles:
             x = resize_nearest(x, (2 * x.shape[1], 2 * x.shape[2]))
         kernel, bias, rounded = self.kernel[...], self.bias[...].astype(self.dtype), hasattr(self, "kernel_scale")
@@ -71,10 +71,14 @@ class Conv(nnx.Module):
             y = y * self.kernel_scale[...].astype(self.dtype)
         return y + bias
 
+    @property
+    def _is_plain_3x3(self) -> bool:
+        return self.stride == 1 and self.kernel.shape[:2] == (3, 3) and self.padding == ((1, 1), (1, 1))
+
     def _as_products(self, shape: tuple[int, ...]) -> Callable[[Array, Array], Array] | None:
         """The form in matrix products, where this platform is faster with one at this shape."""
         _, h, w, channels = shape
-        if self.stride != 1 or self.kernel.shape[:2] != (3, 3) or self.padding != ((1, 1), (1, 1)):
+        if not self._is_plain_3x3:
             return None
         deep, platform = channels >= _MATMUL_CHANNELS, target_platform()
         if platform == "tpu":

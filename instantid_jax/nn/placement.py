@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
@@ -70,12 +71,13 @@ def gathers() -> bool:
 
 
 def gathered(kernel: Array, dtype: Any, tensor_axis: int | None = None) -> Array:
-    """A kernel as a layer uses it: cast, gathered over `fsdp`, still split over `tensor`."""
-    kernel = kernel.astype(dtype)
-    if not gathers():
-        return kernel
-    split = kernel_spec(kernel.shape, tensor_axis, jax.sharding.get_abstract_mesh())
-    return _gather(kernel, split) if "fsdp" in split else kernel
+    """A kernel as a layer uses it: cast, gathered over `fsdp`, still split over `tensor`. One of 8-bit integers moves as it is."""
+    rounded = jnp.issubdtype(kernel.dtype, jnp.integer)
+    kernel = kernel if rounded else kernel.astype(dtype)
+    if gathers():
+        split = kernel_spec(kernel.shape, tensor_axis, jax.sharding.get_abstract_mesh())
+        kernel = _gather(kernel, split) if "fsdp" in split else kernel
+    return kernel.astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -74,11 +74,14 @@ def recomputed(function: Function, remat: str | bool) -> Function:
     if remat in ("none", False):
         return jax.checkpoint(function, policy=keep_all_but_gathered) if gathers() else function  # type: ignore[return-value]
     policy = {
+        "blocks": None,
+        "full": None,
+        "True": None,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[], names_which_can_be_offloaded=[_INPUT], offload_src="device", offload_dst="pinned_host"
         ),
-    }.get(str(remat))
+    }[str(remat)]
     return jax.checkpoint(function, policy=policy)  # type: ignore[return-value]
 
 

@@ -280,11 +280,12 @@ def summary(plan: Plan, chip: Chip, mesh: jax.sharding.Mesh, reports: list[Stage
             collectives[kind] = collectives.get(kind, 0) + count
     flops, moved = sum(r.flops for r in reports), sum(r.hbm_bytes_accessed for r in reports)
     crossing = sum(r.crossing_bytes for r in reports)
+    sent = sum(collectives.values()) + collectives.get("all-reduce", 0.0)  # a ring sends what it reduces twice, to sum and to spread it
     peak = max(r.hbm_peak_bytes for r in reports)
     seconds = {
         "compute": flops / chip.flops,
         "memory": moved / chip.hbm_bandwidth,
-        "interconnect": (sum(collectives.values()) - crossing) / chip.ici_bandwidth + crossing / chip.dcn_bandwidth,
+        "interconnect": (sent - crossing) / chip.ici_bandwidth + crossing / chip.dcn_bandwidth,
     }
     known = all(r.error is None for r in reports)  # of a program that was refused only its size is
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -199,14 +200,14 @@ def fsdp_bound(state: Any, frozen: Any, dtype: Any, mesh: Mesh | AbstractMesh) -
     for path, leaf in (trained | flatten(frozen)).items():
         if shards == 1 or "fsdp" not in leaf.sharding.spec:
             continue
-        count = size * leaf.size
+        count = size * shards * math.prod(leaf.sharding.shard_shape(leaf.shape))  # of one part of `tensor`
         passes = path.split("/")[0] in _ON_THE_WAY and not (path.startswith("unet/") and _TEXT_PROJECTION.search(path))
         total += count * (1 + passes)
         if path in trained:
             total += count + (count / shards if copies > 1 else 0)
     for leaf in jax.tree.leaves((state, frozen)):
         if shards > 1 and "fsdp" not in leaf.sharding.spec:
-            largest = max(largest, leaf.size * leaf.dtype.itemsize)
+            largest = max(largest, math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize)
     return total, largest
 
 

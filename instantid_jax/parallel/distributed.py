@@ -41,11 +41,11 @@ class MissingProcess(TimeoutError):
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, timeout: float = START) -> None:
     """Joins the other processes; call it before anything else of JAX.
 
-    Given are the address ("host:port", or a host for port 1234) of process 0, how many processes there are and which one this is, or nothing: then the
-    environment says so (`environment`), or JAX finds it on TPU pods, Slurm and Open MPI.
+    Given are the address ("host:port", or a host for port 1234) of process 0, how many processes there are and which one this is,
+    or nothing: then the environment says so (`environment`), or JAX finds it on TPU pods, Slurm and Open MPI.
 
-    Raises `OptionError` for a part of these, for what is no address, and where this process is not one of them. Where the others do not come within `timeout` seconds
-    the process ends with exit status 1 and one sentence: JAX waits in native code that nothing else can end.
+    Raises `OptionError` for a part of these, for what is no address, and where this process is not one of them. Where the others do
+    not come within `timeout` seconds the process ends with exit status 1 and one sentence: JAX waits in native code that nothing else can end.
     """
     given = (coordinator, processes, process)
     if None in given and given != (None, None, None):

@@ -78,8 +78,9 @@ def _minimum(jaxpr: Any, trained: list[bool]) -> tuple[float, list[bool]]:
             total += max(flops for flops, _ in parts)
             outputs = [any(flags) for flags in zip(*(part[1] for part in parts), strict=True)]
         elif name == "scan":
-            flops, outputs = _minimum_of_scan(parameters, inputs)
-            total += flops
+            body = parameters["jaxpr"].jaxpr
+            flops, outputs = _minimum_of_loop(body, parameters["num_consts"], parameters["num_carry"], inputs)
+            total += parameters["length"] * flops
         elif name == "shard_map":
             flops, outputs = _minimum(parameters["jaxpr"], inputs)
             total += parameters["mesh"].size * flops
@@ -87,6 +88,10 @@ def _minimum(jaxpr: Any, trained: list[bool]) -> tuple[float, list[bool]]:
             if any(inputs):
                 raise ValueError("the least that a Pallas kernel's gradient costs is not known from its text: count its plain form")
             total += math.prod(parameters["grid_mapping"].grid) * count_flops(parameters["jaxpr"])
+        elif name == "while":
+            first = parameters["cond_nconsts"]
+            flops, outputs = _minimum_of_loop(parameters["body_jaxpr"].jaxpr, parameters["body_nconsts"], len(equation.outvars), inputs[first:])
+            total += flops  # of unknown length: once
         elif name == "stop_gradient":
             outputs = [False] * len(equation.outvars)
         elif inner := _inner(parameters):
@@ -97,14 +102,14 @@ def _minimum(jaxpr: Any, trained: list[bool]) -> tuple[float, list[bool]]:
     return total, [not hasattr(v, "val") and depends.get(v, False) for v in jaxpr.outvars]
 
 
-def _minimum_of_scan(parameters: dict[str, Any], inputs: list[bool]) -> tuple[float, list[bool]]:
-    body, constants, carried = parameters["jaxpr"].jaxpr, parameters["num_consts"], parameters["num_carry"]
+def _minimum_of_loop(body: Any, constants: int, carried: int, inputs: list[bool]) -> tuple[float, list[bool]]:
+    """Of one turn of a loop, and which of its results depend on trained inputs."""
     while True:  # what is carried may come to depend on a trained input in a later round
         flops, outputs = _minimum(body, inputs)
         before = inputs[constants : constants + carried]
         after = [a or b for a, b in zip(before, outputs[:carried], strict=True)]
         if after == before:
-            return parameters["length"] * flops, outputs
+            return flops, outputs
         inputs = [*inputs[:constants], *after, *inputs[constants + carried :]]
 
 
@@ -150,8 +155,13 @@ def _execute(equation: Any, inputs: list[Any]) -> tuple[float, list[Any]]:
     inner = _inner(parameters)
     if name == "scan" and _has_branches(parameters["jaxpr"]):
         return _loop(parameters, inputs)
-    if len(inner) == 1 and len(inner[0].jaxpr.invars) == len(inputs) and name not in ("scan", "while"):
-        return _run(inner[0].jaxpr, getattr(inner[0], "consts", ()), inputs)
+    if name == "while":
+        return _while(parameters, inputs, unknown)
+    if name == "shard_map":  # what is split is not known on one device
+        flops, _ = _run(parameters["jaxpr"], (), [v if np.ndim(v) == 0 else None for v in inputs])
+        return parameters["mesh"].size * flops, unknown
+    if len(inner) == 1 and len((body := getattr(inner[0], "jaxpr", inner[0])).invars) == len(inputs) and name != "scan":
+        return _run(body, getattr(inner[0], "consts", ()), inputs)
     if inner:
         return parameters.get("length", 1) * sum(map(_count_once, inner)), unknown
     if any(v is None for v in inputs) or equation.effects or max((var.aval.size for var in equation.outvars), default=0) > _KNOWN_SIZE:
@@ -169,6 +179,23 @@ def _loop(parameters: dict[str, Any], inputs: list[Any]) -> tuple[float, list[An
         flops, results = _run(body.jaxpr, body.consts, [*fixed, *carry, *(None if x is None else x[turn] for x in items)])
         total, carry = total + flops, results[:carried]
     return total, [*carry, *[None] * (len(body.jaxpr.outvars) - carried)]
+
+
+def _while(parameters: dict[str, Any], inputs: list[Any], unknown: list[Any]) -> tuple[float, list[Any]]:
+    """A loop with a condition, turn by turn. One whose end is not known must hold no products."""
+    condition, body = parameters["cond_jaxpr"], parameters["body_jaxpr"]
+    first, second = parameters["cond_nconsts"], parameters["cond_nconsts"] + parameters["body_nconsts"]
+    outside, fixed, carry, total = inputs[:first], inputs[first:second], inputs[second:], 0.0
+    if not _count_once(body):
+        return 0.0, unknown
+    while True:
+        _, (goes_on,) = _run(condition.jaxpr, condition.consts, [*outside, *carry])
+        if goes_on is None:
+            raise ValueError("the length of a loop depends on values that are not known")
+        if not goes_on:
+            return total, carry
+        flops, carry = _run(body.jaxpr, body.consts, [*fixed, *carry])
+        total += flops
 
 
 class _Same:

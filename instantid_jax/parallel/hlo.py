@@ -12,7 +12,7 @@ import collections
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -174,11 +174,29 @@ def trip_count(program: Program, computation: Computation, loop: Instruction) ->
         names = tuple(outer.get(n, n) for n in compare.operands)
     left, right = (_constant(condition, n, loop, computation) for n in names)
     direction = compare.attribute(r"direction=(\w+)")
-    if direction == "LT" and right is not None:
-        return max(right - (left or 0), 0)
-    if direction == "GT" and left is not None:
-        return max(left - (right or 0), 0)
+    if direction in ("GT", "GE"):  # counts down from the left
+        left, right = right, left
+    if direction in ("LT", "GT", "LE", "GE", "NE") and right is not None:
+        distance = right - (left or 0) + (direction in ("LE", "GE"))
+        return max(-(-distance // _step(program, condition, names, loop)), 0)
     raise HloError(f"the trip count of {loop.name} is not known")
+
+
+def _step(program: Program, condition: Computation, compared: Sequence[str], loop: Instruction) -> int:
+    """By how much the counter among what a loop's condition compares moves in a turn; 1 where the body does not plainly say."""
+    name = loop.attribute(r"body=%([\w.\-]+)") or ""
+    body = program.computations[name]
+    results = body[program.roots[name]].operands
+    for counter in filter(None, map(condition.get, compared)):
+        if counter.opcode != "get-tuple-element":
+            continue
+        change = body.get(results[int(counter.attribute(r"index=(\d+)") or 0)])
+        if change is None or change.opcode not in ("add", "subtract"):
+            continue
+        for operand in (body[o] for o in change.operands):
+            if operand.opcode == "constant" and (value := re.match(r"\((-?[1-9]\d*)\)", operand.rest)):
+                return abs(int(value.group(1)))
+    return 1
 
 
 def _constant(scope: Computation, name: str, loop: Instruction, outside: Computation) -> int | None:

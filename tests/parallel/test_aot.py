@@ -51,6 +51,10 @@ def test_full_size_training_leaves_nothing_large_whole_and_knows_its_bound() -> 
     trained = sum(sizes[name] for name in ("identitynet", "adapter", "resampler"))
     assert 0.96 < bound / (2 * (sum(sizes.values()) + way + trained)) < 1  # small ones stay whole, the text is projected once
     assert fsdp_bound(program.abstract_state, program.abstract_frozen, "float32", mesh)[0] == 2 * bound
+    halves = jax.sharding.AbstractMesh((1, 8, 2), ("data", "fsdp", "tensor"))
+    split = Program(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=8, tensor=2)), halves)
+    part, _ = fsdp_bound(split.abstract_state, split.abstract_frozen, "bfloat16", halves)
+    assert 0.5 < part / bound < 0.75  # of a kernel that is split over `tensor` too, a device gathers its half
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.abstract_state))
     assert state / 2**30 == pytest.approx(18.7, abs=0.05)  # more than one v5e chip has
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from instantid_jax.nn.splash import splash_attention
@@ -67,6 +68,28 @@ def test_of_branches_the_one_that_is_taken_counts():
     assert count_flops(jaxpr) == 9 * 2 * 3 * 4 * 4
     with pytest.raises(ValueError, match="not known"):
         executed_flops(jaxpr, unknown)
+
+
+def test_what_is_executed_within_recomputation_devices_and_loops_of_a_known_end():
+    x, unknown = jnp.zeros((4, 4)), jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    once = 2 * 4**3
+    assert executed_flops(jax.make_jaxpr(jax.checkpoint(lambda x: x @ x))(x), [unknown]) == once
+    mesh, whole = jax.sharding.AbstractMesh((2,), ("data",)), jax.sharding.PartitionSpec()
+
+    def spread(x):
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.shard_map(lambda x: x @ x, in_specs=whole, out_specs=whole, check_vma=False)(x)
+
+    assert executed_flops(jax.make_jaxpr(spread)(x), [unknown]) == 2 * once
+
+    def loop(x, turns):
+        return jax.lax.fori_loop(0, turns, lambda i, c: c @ x, x)
+
+    jaxpr = jax.make_jaxpr(loop)(x, 3)
+    assert executed_flops(jaxpr, [unknown, np.int32(3)]) == 3 * once
+    with pytest.raises(ValueError, match="the length of a loop depends on values that are not known"):
+        executed_flops(jaxpr, [unknown, jax.ShapeDtypeStruct((), jnp.int32)])
+    assert minimum_flops(jaxpr, [False, False]) == once and minimum_flops(jaxpr, [True, False]) == 3 * once
 
 
 def test_kernels_count_in_loops_and_in_the_dearest_branch():

@@ -64,6 +64,18 @@ def test_a_loop_counts_as_often_as_it_runs_and_broken_lines_are_read_on() -> Non
     assert found.uncounted == {"tpu_custom_call": 7}
 
 
+@pytest.mark.parametrize(
+    ("limit", "direction", "step", "turns"), [(7, "LT", 1, 7), (7, "LE", 1, 8), (7, "NE", 1, 7), (10, "LT", 2, 5), (11, "LT", 2, 6), (10, "LE", 5, 3)]
+)
+def test_a_counter_may_move_by_more_than_one_and_its_end_may_count(limit: int, direction: str, step: int, turns: int) -> None:
+    text = LOOP.replace("constant(7)", f"constant({limit})").replace("direction=LT", f"direction={direction}")
+    text = text.replace(
+        "  ROOT %tuple = (s32[], bf16[4,8]{1,0}, bf16[8,16]{1,0}) tuple(%i,",
+        f"  %by = s32[] constant({step})\n  %next = s32[] add(%i, %by)\n  ROOT %tuple = (s32[], bf16[4,8]{{1,0}}, bf16[8,16]{{1,0}}) tuple(%next,",
+    )
+    assert costs(parse(text), slice_size=4).flops == turns * 2 * 4 * 8 * 16
+
+
 def test_collectives_by_kind_and_those_between_slices() -> None:
     found = costs(parse(LOOP), slice_size=4)
     assert found.collectives == {"reduce-scatter": 16 * 4 * 4, "all-gather": 16 * 4 * 4, "all-reduce": 2 * 4 * 4}
