@@ -133,8 +133,11 @@ def synchronize(name: str, timeout: float = BARRIER) -> None:
     _rounds[name] += 1
     place = f"instantid_jax/{name}/{_rounds[name]}"
     client.key_value_set(f"{place}/{own}", str(own))
+    end = time.monotonic() + timeout
     try:
-        client.wait_at_barrier(place, round(timeout * 1000))
+        while timeout > BARRIER and len(client.key_value_dir_get(place)) < count and time.monotonic() < end:
+            time.sleep(1.0)  # JAX waits in native code, which hears no signal: not for days
+        client.wait_at_barrier(place, round(max(end - time.monotonic(), 1.0) * 1000))
     except jax.errors.JaxRuntimeError as problem:
         raise MissingProcess(f"barrier {name!r}: {_who(client, place, count, own, timeout)}") from problem
     client.key_value_delete(f"{place}/{own}")
