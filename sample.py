@@ -3,7 +3,9 @@
 With no arguments: rendered people, drawn by the small model that comes along.
 
 With converted weights: python sample.py --weights DIR --face me.jpg --prompt "film noir"
+
 Many people, prompts and seeds, on many devices: python sample.py --jobs jobs.jsonl (docs/jobs.md)
+
 Exit status: 0 all made, 1 an error, 2 a wrong option; of --jobs also 3 some failed, 75 stopped by a signal: the same command goes on.
 """
 

@@ -67,6 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     chosen, rest = first.parse_known_args(arguments)
+    if chosen.config is None and {"-h", "--help"} & set(rest):
+        print(f"{__doc__}\nEvery recipe's fields are options: python train.py --config FILE --help")
+        return 0
     warnings.showwarning = lambda message, *_: print(f"train.py: {message}", file=sys.stderr)
     keep_compiled()
     try:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import amount, new_file, put, read
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "parity"), str(ROOT / "benchmarks")]
@@ -285,8 +286,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--model", choices=("sdxl", "small"), default="sdxl")
-    parser.add_argument("--limit", type=float, default=3600, help="seconds after which a case is ended")
-    parser.add_argument("--json", type=Path, default=Path("accelerator.json"), help="where the figures go")
+    parser.add_argument("--limit", type=amount, default=3600, help="seconds after which a case is ended")
+    parser.add_argument("--json", type=new_file, default=Path("accelerator.json"), help="where the figures go")
     parser.add_argument("--case", choices=(*CASES, "about"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.case == "about":
@@ -295,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.case:
         measure(options.case, options.model, options.json)
         return 0
-    figures: Figures = json.loads(options.json.read_text()) if options.json.exists() else {}
+    figures: Figures = read(parser, options.json)
     status = 0
     for case in ("about", *options.only):
         part = options.json.with_suffix(f".{case}.part")
@@ -310,7 +311,9 @@ def main(arguments: list[str] | None = None) -> int:
         if part.exists():
             figures[case] = json.loads(part.read_text())
             part.unlink()
-            options.json.write_text(json.dumps(figures, indent=1) + "\n")
+            if figures["about"]["device"] == "cpu":
+                parser.error("JAX finds no accelerator here; benchmarks/vs_pytorch.py is for a CPU")
+            put(options.json, json.dumps(figures, indent=1) + "\n")
     return int(status != 0)
 
 

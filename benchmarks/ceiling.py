@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import count, needs, new_file, put
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "parity"), str(ROOT / "benchmarks")]
@@ -131,7 +132,7 @@ def side(framework: str, size: int, repeats: int, file: Path) -> None:
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         torch.set_grad_enabled(False)
-    for key, count in found.items():
+    for key, times in found.items():
         equation = equations[key]
         a, b = (np.random.default_rng(0).standard_normal(v.aval.shape, np.float32) for v in equation.invars)
         flops = 2.0 * equation.outvars[0].aval.size
@@ -140,21 +141,22 @@ def side(framework: str, size: int, repeats: int, file: Path) -> None:
         else:
             flops *= np.prod(equation.invars[1].aval.shape[:3])
         call = (in_torch if framework == "torch" else in_xla)(equation, a, b)
-        told[key] = {"count": count, "flops": float(flops), "seconds": seconds(call, repeats)}
+        told[key] = {"count": times, "flops": float(flops), "seconds": seconds(call, repeats)}
     file.write_text(json.dumps(told))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=64, help="height and width of the latents; pixels are eight times as many")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=12, help="how many of the dearest to print")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--size", type=count, default=64, help="height and width of the latents; pixels are eight times as many")
+    parser.add_argument("--repeats", type=count, default=3)
+    parser.add_argument("--rows", type=count, default=12, help="how many of the dearest to print")
+    parser.add_argument("--json", type=new_file)
     parser.add_argument("--side", choices=("xla", "torch"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.side:
         side(options.side, options.size, options.repeats, options.json)
         return 0
+    needs(parser, "torch", "diffusers")
     told = {}
     with tempfile.TemporaryDirectory() as folder:
         for framework in ("xla", "torch"):
@@ -172,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
         name = f"all {kind}s" if kind else "together"
         print(f"{name:17} {total / 1e12:6.2f} TFLOP  XLA {sums[0]:7.2f} s  PyTorch {sums[1]:7.2f} s")
     if options.json:
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
+        put(options.json, json.dumps(told, indent=1) + "\n")
     return 0
 
 

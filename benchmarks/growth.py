@@ -1,6 +1,6 @@
 """How seconds and memory grow with pixels, pictures and steps, on this machine.
 
-    python benchmarks/growth.py                        a model of 0.3 billion parameters, float32
+    python benchmarks/growth.py                        a model of 0.38 billion parameters, float32
     python benchmarks/growth.py --model portraits --json growth.json
 
 The denoising program of the pipeline (`instantid_jax.denoise.denoise`: conditions, then the loop over the steps, with guidance), one step at 256 to
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "parity"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from command_line import count, needs, new_file, put
 from vs_pytorch import clock, middle_model
 
 SIDES, PICTURES, STEPS = (256, 384, 512, 768, 1024), (1, 2, 4, 8), (1, 2, 4, 8)
@@ -73,9 +74,10 @@ def measure(config: Any, parameters: Any, side: int, pictures: int, steps: int, 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("middle", "portraits"), default="middle")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--repeats", type=count, default=3)
+    parser.add_argument("--json", type=new_file)
     options = parser.parse_args(arguments)
+    needs(parser, "torch", "diffusers")  # whose weights the model is given
     from true_shapes import stacked_weights
 
     from instantid_jax.config import portraits
@@ -105,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         figures[what]["exponents"] = powers
         print(f"| power | {powers['seconds']:.2f} | {powers['bytes']:.2f} |\n", flush=True)
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        put(options.json, json.dumps(figures, indent=1) + "\n")
     return 0
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import amount, count, new_file, put
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -80,12 +81,12 @@ def rate(config: LoaderConfig, records: list[Record], seconds: float) -> dict[st
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photo", type=int, default=1024, help="side of the photos in pixels")
-    parser.add_argument("--seconds", type=float, default=8)
-    parser.add_argument("--step-seconds", type=float, default=1.0, help="of a training step on the host's chips, for the arithmetic")
-    parser.add_argument("--chips", type=int, default=8, help="chips of a host")
-    parser.add_argument("--per-chip", type=int, default=1, help="pictures a chip and step")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--photo", type=count, default=1024, help="side of the photos in pixels")
+    parser.add_argument("--seconds", type=amount, default=8)
+    parser.add_argument("--step-seconds", type=amount, default=1.0, help="of a training step on the host's chips, for the arithmetic")
+    parser.add_argument("--chips", type=count, default=8, help="chips of a host")
+    parser.add_argument("--per-chip", type=count, default=1, help="pictures a chip and step")
+    parser.add_argument("--json", type=new_file)
     options = parser.parse_args(arguments)
     processors = len(os.sched_getaffinity(0))
     large = LoaderConfig(global_batch=8, resolution=1024, num_threads=processors, paired_reference=0.5)
@@ -105,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         needed = f"{need:.0f} samples/s need {told['processors_needed']:.2f} processors"
         print(f"{name:10} {told['samples_per_second']:9.1f} samples/s on {processors} processors, {each}; {needed}", flush=True)
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        put(options.json, json.dumps(figures, indent=1) + "\n")
     return 0
 
 

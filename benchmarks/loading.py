@@ -20,8 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from command_line import count, new_file, put
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
 BLOCK = 16 << 20
 
 
@@ -59,9 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--network", default="identitynet")
     parser.add_argument("--model", choices=("sdxl", "portraits"), default="sdxl")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="type on disk")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=new_file)
     options = parser.parse_args(arguments)
 
     import jax
@@ -72,7 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
     from instantid_jax.models import build_networks
     from instantid_jax.parallel.mesh import make_mesh
 
-    network = build_networks(getattr(config, options.model)())[options.network]
+    networks = build_networks(getattr(config, options.model)())
+    if options.network not in networks:
+        parser.error(f"there is no network {options.network!r}; there are {', '.join(networks)}")
+    if options.folder is not None and not options.folder.is_dir():
+        parser.error(f"--folder {options.folder}: there is no such folder")
+    network = networks[options.network]
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary) / options.network
@@ -111,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         figures[name] = {"seconds": middle, "gb_per_second": size / 1e9 / middle, "share_of_plain": best / middle}
         print(f"{name:32} {middle:7.2f} s  {size / 1e9 / middle:6.2f} GB/s  {best / middle:.2f} of plain reading")
     if options.json:
-        options.json.write_text(json.dumps({"bytes": size, "files": len(files), "ways": figures}, indent=1) + "\n")
+        put(options.json, json.dumps({"bytes": size, "files": len(files), "ways": figures}, indent=1) + "\n")
     return 0
 
 

@@ -136,6 +136,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="part of a line's name")
     only = parser.parse_args().only
+    if not any(only in line.name for line in LINES[1:]):
+        parser.error(f"no line's name has {only!r} in it; there are: {', '.join(line.name for line in LINES[1:])}")
     analyzer = load_analyzer("opencv")
     exact, (latents, pictures) = count(LINES[0]), draw(LINES[0], analyzer)
     print(f"{len(pictures)} pictures of {SMALL} pixels, {STEPS} steps of euler, on {jax.devices()[0].platform};")

@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from command_line import put
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS, PAGE = ROOT / "docs/scale.json", ROOT / "docs/scale.md"
@@ -66,6 +68,9 @@ CASES: dict[str, Case] = {
     "train_2_v5e_16": Case("2*v5e:4x4", "train", ("--remat", "blocks")),
     "train_v4_4": Case("v4:2x2x1", "train", ("--remat", "blocks")),
 }
+
+LARGE = ("train_v6e_16_large", "train_v4_4")
+"""Cases that took more memory than 24 GB to compile, or may: run where they are named."""
 
 
 def run(case: Case, dump: Path | None, recorded: dict[str, Any] | None) -> dict[str, Any]:
@@ -127,22 +132,18 @@ def so_far() -> dict[str, Any]:
     return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
 
 
-def put(file: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    new = file.with_name(f"{file.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(file)
-
-
 def main() -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases to run")
+    usual = [name for name in CASES if name not in LARGE]
+    parser.add_argument("--only", nargs="+", choices=CASES, metavar="CASE", default=usual, help=f"of {', '.join(CASES)}; all but {', '.join(LARGE)}")
     parser.add_argument("--dump", type=Path, help="folder for the compiled texts, one within for each case")
     parser.add_argument("--recount", action="store_true", help="read the texts in --dump again, of the cases that have any, and compile nothing")
     given = parser.parse_args()
     if given.recount and given.dump is None:
         parser.error("--recount needs --dump DIR")
+    if given.recount and not any((given.dump / name).is_dir() for name in given.only):
+        parser.error(f"--recount: {given.dump} holds no texts of these cases")
     for name in given.only:
         results = so_far()
         dump = None if given.dump is None else given.dump.resolve() / name

@@ -7,7 +7,7 @@
     step_256, step_512    one guided InstantID step of SDXL (batch of two): IdentityNet, then the UNet with image adapter
     vae_512               SDXL's autoencoder, decoding one picture of 512 pixels
     text                  both text towers of SDXL, two prompts
-    train                 one training step of a model of 0.3 billion parameters, latents of 32 x 32, batch of two
+    train                 one training step of a model of 0.38 billion parameters, latents of 32 x 32, batch of two
     picture               one picture of the model that comes along, 20 steps, in a running process
     start_cold, start     from process start to that picture: with an empty compile cache, and with a filled one
     sample_cold, sample   the same of `sample.py`, from a photo to a file; diffusers has no such program, so ours alone
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import count, needs, new_file, put, read
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "parity"), str(ROOT / "benchmarks")]
@@ -525,9 +526,9 @@ def compare(case: str, options: argparse.Namespace, folder: Path) -> Result:
     for _ in range(options.rounds):
         for framework in seconds:
             result = run_side(framework, case, options, folder)
-            seconds[framework] += result.pop("seconds")
+            seconds[framework] += (taken := result.pop("seconds"))
             outputs[framework] = result.pop("output", None)
-            told[framework] = result
+            told[framework] = result | {"seconds": [*told.get(framework, {}).get("seconds", ()), *taken]}
     ours, theirs = statistics.median(seconds["jax"]), statistics.median(seconds["torch"])
     figures: Result = {"ours_s": ours, "pytorch_s": theirs, "ratio": theirs / ours, "calls": len(seconds["jax"]), **told}
     if outputs["jax"] is not None:
@@ -585,9 +586,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=(*CASES, "store"), metavar="CASE", default=list(CASES), help=", ".join(CASES))
     parser.add_argument("--model", choices=("sdxl", "small"), default="sdxl", help="of steps, autoencoder and text")
-    parser.add_argument("--rounds", type=int, default=1, help="how often both sides take turns")
+    parser.add_argument("--rounds", type=count, default=1, help="how often both sides take turns")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls in each turn")
-    parser.add_argument("--json", type=Path, help="write the figures here too; cases that were not run stay as they are there")
+    parser.add_argument("--json", type=new_file, help="write the figures here too; cases that were not run stay as they are there")
     parser.add_argument("--side", choices=("torch", "jax"), help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--stored", type=Path, help=argparse.SUPPRESS)
@@ -601,13 +602,16 @@ def main(arguments: list[str] | None = None) -> int:
         output = {"output": result.pop("output")} if "output" in result else {}
         np.savez(options.file, result=json.dumps(result), **output)
         return 0
-    figures: dict[str, Result] = json.loads(options.json.read_text(encoding="utf-8")) if options.json and options.json.is_file() else {}
+    if options.repeats < 1:
+        parser.error(f"--repeats must be at least 1, not {options.repeats}")
+    needs(parser, "torch", "diffusers", "transformers")
+    figures: dict[str, Result] = read(parser, options.json)
     with tempfile.TemporaryDirectory() as folder:
         for case in options.only:
             figures[case] = compare(case, options, Path(folder))
             print(line(case, figures[case]), flush=True)
             if options.json:
-                options.json.write_text(json.dumps(figures, indent=1) + "\n")
+                put(options.json, json.dumps(figures, indent=1) + "\n")
     return int(not all(figures[case].get("max_error", 0) <= BOUND for case in options.only))  # not: any above, which NaN is not
 
 

@@ -2,6 +2,7 @@
 
 Prints what would be run or submitted, and does it only with --run. Example:
 python -m instantid_jax.launch slurm --nodes 2 --gpus 8 -- python train.py --config configs/instantid.py --distributed
+
 Exit status: 0 printed or done, 1 an error, 2 a wrong option; with --run that of what was run.
 """
 

@@ -145,6 +145,11 @@ class JobSet:
             raise LaunchError("--gpus goes without --tpu")
         if self.topology is not None:
             self._check_topology(self.topology)
+        for name, value in (("namespace", self.namespace), ("claim", self.claim), ("tpu", self.tpu)):
+            if value is not None and not re.fullmatch(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?", value):
+                raise LaunchError(f"--{name} must be lower-case letters, digits and hyphens, not {value!r}")
+        if not re.fullmatch(r"\S+", self.image):
+            raise LaunchError(f"--image is written as registry/name:tag, not {self.image!r}")
         if not self.mount.startswith("/"):
             raise LaunchError(f"--mount must be an absolute path, not {self.mount!r}")
         document = yaml.safe_dump(self.document(list(command)), sort_keys=False, allow_unicode=True, width=120)
@@ -250,10 +255,12 @@ class Slurm:
         told |= {"signal": f"TERM@{self.warning}"}
         lines = [f"--{name}={shlex.quote(_line(name, str(value)))}" for name, value in told.items()]
         lines += ["--requeue"] if self.requeue else ["--no-requeue"]
+        if wrong := next((text for text in self.option if not text.startswith("-")), None):
+            raise LaunchError(f"--option is an option of sbatch, such as --option=--mem=64G, not {wrong!r}")
         lines += [_line("option", text) for text in self.option]
         script = ["#!/bin/bash", *(f"#SBATCH {line}" for line in lines), "set -euo pipefail"]
         script += [f"export {name}={shlex.quote(value)}" for name, value in _variables(self.env).items()]
-        script += [f"cd {shlex.quote(self.folder)}"] if self.folder else []
+        script += [f"cd {_place(self.folder)}"] if self.folder else []
         script += ["status=0", f"srun --kill-on-bad-exit=0 {shlex.join(command)} || status=$?"]
         # The first process that leaves with status 75 must not have the others killed, who are leaving too: srun tells the highest status.
         if self.requeue:
@@ -263,9 +270,14 @@ class Slurm:
 
 def _shell(command: Sequence[str], variables: dict[str, str], folder: str | None) -> str:
     """One line for a shell."""
-    before = f"cd {shlex.quote(folder)} && " if folder else ""
+    before = f"cd {_place(folder)} && " if folder else ""
     given = "".join(f"{name}={shlex.quote(value)} " for name, value in variables.items())
     return f"{before}{given}{shlex.join(command)}"
+
+
+def _place(folder: str) -> str:
+    """A folder for a shell, which knows its own home where the folder begins with "~/"."""
+    return f"~/{shlex.quote(folder[2:])}" if folder.startswith("~/") else shlex.quote(folder)
 
 
 def _variables(texts: Sequence[str]) -> dict[str, str]:

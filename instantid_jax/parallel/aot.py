@@ -226,7 +226,7 @@ def make_plan_mesh(plan: Plan) -> tuple[Chip, jax.sharding.Mesh]:
         fsdp = plan.fsdp or 1
         data = plan.data or count // fsdp
         if (plan.batch or 0) % (data * fsdp):
-            raise TopologyError(f"--batch {plan.batch} cannot be spread over data {data} x fsdp {fsdp}; give a multiple of {data * fsdp}")
+            raise TopologyError(f"a batch of {plan.batch} cannot be spread over data {data} x fsdp {fsdp}; ask for a multiple of {data * fsdp}")
     if data * fsdp * plan.tensor != len(devices) or data % slices:
         whole = f", and slices lie along data: a multiple of {slices}" if slices > 1 else ""
         raise TopologyError(f"a mesh of {data} x {fsdp} x {plan.tensor} is not that of {plan.topology}, which has {len(devices)} devices{whole}")
@@ -242,6 +242,8 @@ def compile_plan(plan: Plan, say: Any = None, dump: Path | None = None) -> dict[
     slices = parse_topology(plan.topology)[2]
     reports = []
     for stage in stages(plan, mesh):
+        if say is not None:
+            say(f"{stage.name}: compiling for {plan.topology}; at full size that takes minutes")
         report, _ = analyze(stage, chip, slices, mesh, dump)
         reports.append(report)
         if say is not None:
@@ -471,6 +473,9 @@ def main(arguments: list[str] | None = None) -> int:
         changed |= {} if given.size is None else {"size": (given.size, given.size)}
         plan = Plan(given.topology, given.program, config.model, config.compute, config, **changed, int8=given.weights_dtype is not None)
         return tell(plan, given.json, given.dump, given.recount)
+    except KeyboardInterrupt:
+        print("aot: stopped; nothing was written", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"aot: {error}", file=sys.stderr)
         return status_of(error)

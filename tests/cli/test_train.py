@@ -123,6 +123,11 @@ def test_help_explains_every_field(recipe, capsys):
     assert "--optimizer.learning-rate" in text and "--dry-run" in text and "75 stopped by a signal with its state saved" in text
 
 
+def test_help_without_a_recipe_says_how_to_get_it(capsys):
+    assert train.main(["--help"]) == 0
+    assert "python train.py --config FILE --help" in capsys.readouterr().out
+
+
 def test_plans_of_two_kinds_are_refused(recipe, capsys):
     assert train.main(["--config", recipe, "--dry-run", "--aot", "v5e:1x1"]) == 2
     assert capsys.readouterr().err == "train.py: --aot and --dry-run are plans of different kinds; ask for one\n"

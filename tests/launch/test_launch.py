@@ -197,6 +197,10 @@ def test_slurm_tasks_are_what_jax_looks_for(monkeypatch):
         ([*JOBSET, "--env", "A"], "--env must be KEY=VALUE, not 'A'"),
         ([*JOBSET, "--env", "A-B=1"], "--env must be KEY=VALUE"),
         (["jobset", "--name", "Faces", "--image", "i"], "the name 'Faces' must be at most 40 lower-case letters"),
+        ([*JOBSET, "--namespace", "N S"], "--namespace must be lower-case letters, digits and hyphens, not 'N S'"),
+        ([*JOBSET, "--claim", "Mine"], "--claim must be lower-case letters"),
+        (["jobset", "--name", "faces", "--image", "bad image"], "--image is written as registry/name:tag, not 'bad image'"),
+        (["slurm", "--option", "foo"], "--option is an option of sbatch, such as --option=--mem=64G, not 'foo'"),
         (["slurm", "--partition", "a\nb"], "--partition must be one line"),
         (["slurm", "--time", "banana"], "--time is written as 90 (minutes), 12:00:00 or 2-12:00, not 'banana'"),
         (["tpu-vm", "--name", "faces", "--zone", ""], "--zone is empty"),
@@ -210,6 +214,11 @@ def test_slurm_tasks_are_what_jax_looks_for(monkeypatch):
 )
 def test_what_cannot_be_started_is_refused(arguments, message, capsys):
     assert message in launched(capsys, *arguments, status=2).err
+
+
+def test_a_folder_in_the_home_of_the_hosts_is_left_to_their_shells(capsys):
+    told = launched(capsys, "tpu-vm", "--name", "faces", "--zone", "z", "--folder", "~/my code").out
+    assert "cd ~/" in told and "my code" in told and "'~" not in told
 
 
 def test_without_a_command_or_distributed_it_says_so(capsys):

@@ -223,7 +223,7 @@ def test_the_command_lines_refuse_a_file_for_figures_without_a_plan(
     ("options", "message"),
     [
         (["--program", "unet", "--weights-dtype", "int8"], "--weights-dtype int8 is for the program sample, not for unet"),
-        (["--program", "unet", "--batch", "3"], "--batch 3 cannot be spread over data 4 x fsdp 1; give a multiple of 4"),
+        (["--program", "unet", "--batch", "3"], "a batch of 3 cannot be spread over data 4 x fsdp 1; ask for a multiple of 4"),
         (["--program", "train", "--tensor", "8"], "v5e:2x2 has 4 devices, which tensor 8 does not divide; set --data, --fsdp and --tensor to match"),
         (["--program", "sample", "--data", "3"], "v5e:2x2 has 4 devices, which data 3 x tensor 1 does not divide"),
     ],
