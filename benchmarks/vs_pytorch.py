@@ -445,7 +445,7 @@ def jax_train(repeats: int) -> Result:
 
     seconds, _ = clock(step, repeats)
     networks = program.abstract_state.parameters | program.abstract_frozen
-    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves([networks["unet"], networks["identitynet"]]))
+    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves([networks[name] for name in ("unet", "identitynet", "adapter")]))
     return {"seconds": seconds, "compile": took, "parameters": count}
 
 
