@@ -27,6 +27,22 @@ def test_it_runs(command: str, rows: list[str]) -> None:
         assert row in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("scale.py --recount --dump nowhere", "nowhere holds no texts of these cases"),
+        ("vs_pytorch.py --rounds 0", "must be a whole number from 1, not '0'"),
+        ("vs_pytorch.py --json nowhere/x.json", "cannot be written"),
+        ("loading.py --folder nowhere", "there is no such folder"),
+        ("input.py --seconds 0", "must be a number above 0, not '0'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(command: str, says: str) -> None:
+    name, *options = command.split()
+    done = subprocess.run([sys.executable, f"benchmarks/{name}", *options], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
 def test_the_page_has_the_figures_that_were_measured() -> None:
     """docs/speed.md's table against PyTorch, and docs/speed.json, which `benchmarks/vs_pytorch.py` wrote."""
     figures = json.loads((ROOT / "docs/speed.json").read_text(encoding="utf-8"))
