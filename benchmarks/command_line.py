@@ -55,6 +55,6 @@ def read(parser: argparse.ArgumentParser, file: Path | None) -> dict[str, Any]:
 
 def put(file: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    new = file.with_name(f"{file.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(file)
+    from instantid_jax.ledger import replace_text  # here, as benchmarks name the project's folder after their imports
+
+    replace_text(file, text)
